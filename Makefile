@@ -1,0 +1,74 @@
+# Every target that needs the environment makes it first, so `make demo` and `make test` are
+# enough on a fresh machine: python3 (3.11 or newer, with venv), make and a network are assumed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+MOEPACK := $(VENV)/bin/moepack
+
+TINY := tests/assets/tiny-moe
+DEMO_PACK := build/demo/tiny-moe-pack
+# Memory for trunk, work space and a part of the 48 experts, so that records really stream in.
+DEMO_RAM ?= 11MiB
+PROMPT ?= And the king said unto
+
+# What `make bench-convert` converts; SHAPE=olmoe-1b-7b LAYERS=16 is the whole 13.8 GB model.
+SHAPE ?= olmoe-1b-7b
+LAYERS ?= 2
+
+# More options for pytest, e.g. TESTFLAGS="-k journal".
+TESTFLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench bench-convert docs-cli clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install moepack and the development tools in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "moepack needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up $(VENV) (about a minute; the log is build/setup.log)" >&2
+	@mkdir -p build
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+# hqq's setup.py compiles CUDA kernels unless told not to; nothing here uses them.
+	@DISABLE_CUDA=1 $(PY) -m pip install --disable-pip-version-check -c constraints.txt \
+		-e '.[dev]' >build/setup.log 2>&1 || \
+		{ tail -n 40 build/setup.log >&2; echo "setup failed: see build/setup.log" >&2; exit 1; }
+	@touch $@
+
+demo: $(STAMP)  ## convert the small model in tests/assets and stream text from the pack
+	@$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force
+	@printf '\n%s' "$(PROMPT)"
+	@$(MOEPACK) generate $(DEMO_PACK) --prompt "$(PROMPT)" --greedy --max-new-tokens 80 \
+		--ram $(DEMO_RAM)
+
+test: $(STAMP)  ## run the tests (all but the slow ones and those that need a GPU)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not gpu" $(TESTFLAGS)
+
+test-slow: $(STAMP)  ## run the slow tests
+	@$(PY) -m pytest -q -m "slow and not gpu" $(TESTFLAGS)
+
+check: $(STAMP)  ## lint, formatting, types and the direction of imports
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+bench: $(STAMP)  ## decode and prefill speed, cache hits and recall of the demo pack, as JSON
+	@test -f $(DEMO_PACK)/moepack.json || \
+		$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force >&2
+	@$(MOEPACK) bench $(DEMO_PACK) --json
+
+bench-convert: $(STAMP)  ## conversion speed and peak memory (SHAPE=, LAYERS=), as JSON
+	@$(PY) tests/bench/convert_speed.py --shape $(SHAPE) --layers $(LAYERS)
+
+docs-cli: $(STAMP)  ## write docs/cli.md from the command line's own help
+	@$(PY) docs/generate_cli.py
+
+clean:  ## remove build outputs and caches (the environment stays: rm -r .venv)
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find moepack runtime formats tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""The command line: finds a command, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+import click
+
+import moepack
+
+_COMMANDS = {
+    "bench": "Measure decode and prefill speed of a pack.",
+    "convert": "Convert a Mixture-of-Experts checkpoint into a pack.",
+    "eval": "Measure the perplexity of a pack on a text.",
+    "generate": "Write text with a pack.",
+    "inspect": "Show what a pack holds.",
+    "verify": "Check every byte of a pack.",
+}
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when it is used: `--help` never loads torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in alphabetical order."""
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"moepack.commands.{cmd_name}_command")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(None, "--version", package_name="moepack")
+def cli() -> None:
+    """Mixture-of-Experts models as packs: quantized, one record per expert, streamed from disk."""
+
+
+def main() -> None:
+    """Entry point of the `moepack` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: Without the program's name.
+    """
+    debug = "--debug" in arguments
+    try:
+        cli.main(args=arguments, prog_name="moepack", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort, EOFError):
+        return _complain("interrupted", INTERRUPTED, debug)
+    except moepack.MoepackError as error:
+        return _complain(str(error), error.exit_code, debug)
+    except BrokenPipeError:
+        # The reader of our output has left; a second error while closing it would be noise.
+        sys.stdout = None
+        return 0
+    except (OSError, MemoryError) as error:
+        return _complain(_resource_message(error), 5, debug)
+    return 0
+
+
+def _complain(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"moepack: {line}", err=True)
+    return code
+
+
+def _resource_message(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory; lower --ram or close other programs"
+    where = error.filename or "input/output"
+    return f"{where}: {error.strerror or error}"
+
+
+if __name__ == "__main__":
+    main()

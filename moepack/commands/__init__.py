@@ -1,0 +1,1 @@
+"""The commands, one file each: ``<name>_command.py`` with a click command named ``command``."""

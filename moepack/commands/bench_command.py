@@ -1,0 +1,87 @@
+"""``moepack bench``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import click
+
+from moepack_runtime.options import format_size
+
+from .common import (
+    common_options,
+    load,
+    print_json,
+    runtime_options,
+    set_up,
+    statistics_json,
+    statistics_line,
+)
+
+
+@click.command("bench")
+@click.argument("pack")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@runtime_options
+@common_options
+def command(
+    pack: str,
+    max_new_tokens: int,
+    prompt_tokens: int,
+    rounds: int,
+    seed: int,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+    **runtime: Any,
+) -> None:
+    """Measure decode and prefill speed of PACK on random tokens.
+
+    Tokens are drawn uniformly from the vocabulary: a model's own greedy text repeats itself, which
+    would flatter the cache. Medians over rounds are printed.
+    """
+    set_up(verbose)
+    model = load(pack, **runtime)
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    length = prompt_tokens + max_new_tokens
+    prefill, decode = [], []
+    stats, decoding = model.moepack.stats, type(model.moepack.stats)()
+    for _ in range(rounds):
+        ids = torch.randint(vocabulary, (1, length), generator=generator)
+        start = time.perf_counter()
+        cache = model(ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1).past_key_values
+        prefill.append(prompt_tokens / (time.perf_counter() - start))
+        stats.reset()  # hits and bytes are those of decoding
+        start = time.perf_counter()
+        for i in range(prompt_tokens, length):
+            cache = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+        decode.append(max_new_tokens / (time.perf_counter() - start))
+        decoding.add(stats)
+    values = {
+        "decode_tokens_per_s": statistics.median(decode),
+        "decode_range": [min(decode), max(decode)],
+        "prefill_tokens_per_s": statistics.median(prefill),
+        "prefill_range": [min(prefill), max(prefill)],
+        **statistics_json(decoding),
+    }
+    if as_json:
+        print_json(values)
+        return
+    click.echo(f"decode   {_speed(decode)} tokens/s")
+    click.echo(f"prefill  {_speed(prefill)} tokens/s")
+    click.echo(f"cache    {statistics_line(decoding)}")
+    if decoding.bytes_per_token is not None:
+        click.echo(f"         {format_size(decoding.bytes_per_token)} a token")
+    click.echo(f"memory   {model.moepack.residency.describe()}")
+
+
+def _speed(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,0 +1,164 @@
+"""Options and habits that the commands share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from moepack_formats.errors import UsageError
+from moepack_runtime.options import IO_MODES, format_size, parse_size
+from moepack_runtime.policies import policy_names
+from moepack_runtime.statistics import Statistics
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def common_options(function: F) -> F:
+    """``--json``, ``--verbose`` and ``--debug``."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+    ):
+        function = option(function)
+    return function
+
+
+def runtime_options(function: F) -> F:
+    """The options of every command that runs a model."""
+    for option in (
+        click.option(
+            "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute. This version computes on the CPU.",
+        ),
+        click.option(
+            "--policy",
+            type=click.Choice(policy_names()),
+            default="lru",
+            show_default=True,
+            help="Which cached expert gives way.",
+        ),
+        click.option(
+            "--prefetch/--no-prefetch", default=True, help="Guess the next layer's experts."
+        ),
+        click.option(
+            "--io",
+            type=click.Choice(IO_MODES),
+            default="auto",
+            show_default=True,
+            help="How records are read; auto maps the files when the whole pack fits.",
+        ),
+        click.option(
+            "--ram",
+            type=parse_size,
+            metavar="SIZE",
+            help="Memory for trunk and experts, as 6GiB [default: a safe share of what is free].",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def set_up(verbose: bool) -> None:
+    """Quiet libraries, warnings of ours on stderr, no progress bars but our own."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="moepack: %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def load(
+    pack: str,
+    *,
+    ram: int | None,
+    io: str,
+    prefetch: bool,
+    policy: str,
+    device: str,
+    threads: int | None,
+) -> Any:
+    """Load a pack for a command.
+
+    Raises:
+        UsageError: A device that this version cannot use.
+        MoepackError: The pack is not valid or does not fit.
+    """
+    if device == "cuda":
+        raise UsageError("this version computes on the CPU", got="--device cuda")
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from moepack_runtime.loading import load_pack
+
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(threads or physical_cores())
+    torch.set_grad_enabled(False)
+    return load_pack(pack, ram=ram, io=io, prefetch=prefetch, policy=policy)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once."""
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            with open(path, encoding="ascii") as file:
+                siblings.add(file.read().strip())
+        except OSError:
+            return len(allowed)
+    return len(siblings)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object on stdout; floats that are not numbers become null."""
+    click.echo(json.dumps(_finite(values), ensure_ascii=False))
+
+
+def say(line: str) -> None:
+    """One line for a person, on stderr."""
+    click.echo(line, err=True)
+
+
+def statistics_json(stats: Statistics) -> dict[str, Any]:
+    """Counters of a run, under the names that every command's JSON uses."""
+    return {
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "hit_ratio": stats.hit_ratio,
+        "prefetch_recall": stats.recall,
+        "bytes_read": stats.bytes_read,
+        "bytes_per_token": stats.bytes_per_token,
+    }
+
+
+def statistics_line(stats: Statistics) -> str:
+    """Counters of a run for a person."""
+    parts = []
+    if stats.hit_ratio is not None:
+        demands = stats.hits + stats.misses
+        parts.append(f"cache hits {stats.hit_ratio:.1%} ({stats.hits} of {demands})")
+    recall = "none" if stats.recall is None else f"{stats.recall:.1%}"
+    parts.append(f"prefetch recall {recall}")
+    parts.append(f"{format_size(stats.bytes_read)} read")
+    return ", ".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value

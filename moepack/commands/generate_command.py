@@ -1,0 +1,256 @@
+"""``moepack generate``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from moepack_formats.errors import UsageError
+
+from .common import (
+    common_options,
+    load,
+    print_json,
+    runtime_options,
+    say,
+    set_up,
+    statistics_json,
+    statistics_line,
+)
+
+
+@click.command("generate")
+@click.argument("pack")
+@click.option("--prompt", help="Text to continue; - reads it from stdin.")
+@click.option("--interactive", is_flag=True, help="Hold a conversation.")
+@click.option("--chat", is_flag=True, help="Apply the model's chat template.")
+@click.option("--system", help="System message, with --chat or --interactive.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True))
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
+@click.option("--top-k", type=click.IntRange(1))
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@runtime_options
+@common_options
+def command(
+    pack: str,
+    prompt: str | None,
+    interactive: bool,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    greedy: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+    **runtime: Any,
+) -> None:
+    """Write text with PACK, a pack's folder. The text goes to stdout as it is made."""
+    set_up(verbose)
+    if (prompt is None) != interactive:
+        raise UsageError("give either --prompt or --interactive")
+    if interactive and as_json:
+        raise UsageError("--json does not go with --interactive")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if greedy and sampling:
+        raise UsageError("--greedy excludes --temperature, --top-p and --top-k")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+
+    model = load(pack, **runtime)
+    writer = Writer(pack, model, _generation_options(sampling, greedy, max_new_tokens, seed))
+    if verbose:
+        say(f"moepack: {model.moepack.residency.describe()}")
+    if interactive:
+        _converse(writer, system)
+        return
+    assert prompt is not None  # checked above
+    ids = writer.chat_ids([*_system(system), _message("user", prompt)]) if chat else None
+    reply = writer.write(writer.text_ids(prompt) if ids is None else ids, show=not as_json)
+    if as_json:
+        print_json({"text": reply.text, **reply.json(), **statistics_json(model.moepack.stats)})
+    else:
+        say(f"{reply.line()}, {statistics_line(model.moepack.stats)}")
+
+
+class Reply:
+    """What one generation gave.
+
+    Attributes:
+        text: The new text.
+        tokens: New tokens.
+        prompt_tokens: Tokens of the prompt.
+        first_s: Seconds to the first token: the prefill.
+        rest_s: Seconds for all later tokens.
+    """
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.text, self.tokens, self.prompt_tokens = "", 0, prompt_tokens
+        self.first_s = self.rest_s = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode speed, prefill excluded; None below two tokens."""
+        return (self.tokens - 1) / self.rest_s if self.tokens > 1 and self.rest_s else None
+
+    def json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.tokens,
+            "time_to_first_token_s": self.first_s,
+            "decode_tokens_per_s": self.tokens_per_s,
+        }
+
+    def line(self) -> str:
+        """For a person."""
+        speed = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f}"
+        return f"{self.tokens} tokens, {speed} tokens/s, first after {self.first_s:.2f} s"
+
+
+class Writer:
+    """Turns prompts into text on stdout.
+
+    Args:
+        pack: The pack's folder.
+        model: The loaded model.
+        options: For ``model.generate``.
+
+    Raises:
+        UsageError: The pack has no tokenizer.
+    """
+
+    def __init__(self, pack: str, model: Any, options: dict[str, Any]) -> None:
+        from moepack_runtime.loading import load_tokenizer
+
+        self._model, self._options = model, options
+        self._tokenizer: Any = load_tokenizer(pack)
+        if self._tokenizer is None:
+            raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+
+    def text_ids(self, text: str) -> Any:
+        """Token ids ``[1, T]`` of plain text."""
+        ids = self._tokenizer(text, return_tensors="pt")["input_ids"]
+        if ids.shape[1] == 0:
+            raise UsageError("the prompt is empty")
+        return ids.long()
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> Any:
+        """Token ids ``[1, T]`` of a conversation, ready for the assistant's turn.
+
+        Raises:
+            UsageError: The model has no chat template.
+        """
+        if not self._tokenizer.chat_template:
+            raise UsageError("the model has no chat template", remedy="leave --chat out")
+        encoded = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return encoded["input_ids"]
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def write(self, ids: Any, *, show: bool) -> Reply:
+        """Generate after ``ids`` ``[1, T]``, showing the text as it comes if ``show``.
+
+        Ctrl-C ends the reply early: the text so far is kept and ``KeyboardInterrupt`` goes on.
+        """
+        import torch
+        from transformers import TextStreamer
+
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] + self._options["max_new_tokens"] > limit:
+            say(f"moepack: the model was made for {limit} tokens; beyond them it may ramble")
+        reply = Reply(ids.shape[1])
+        start = time.perf_counter()
+
+        class Stream(TextStreamer):
+            """Counts tokens, collects the text, and shows it."""
+
+            seen_prompt = False
+
+            def put(self, value: Any) -> None:
+                if not self.seen_prompt:
+                    self.seen_prompt = True
+                else:
+                    reply.tokens += value.numel()
+                    passed = time.perf_counter() - start
+                    if reply.first_s == 0.0:
+                        reply.first_s = passed
+                    reply.rest_s = passed - reply.first_s
+                    super().put(value)  # type: ignore[no-untyped-call]
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                reply.text += text
+                if show:
+                    click.echo(text, nl=stream_end)
+
+        stream = Stream(self._tokenizer, skip_special_tokens=True)
+        try:
+            self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._options
+            )
+        except KeyboardInterrupt:
+            stream.end()  # type: ignore[no-untyped-call]
+            raise
+        return reply
+
+
+def _generation_options(
+    sampling: dict[str, Any], greedy: bool, max_new_tokens: int, seed: int | None
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
+    if greedy:
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    elif sampling or seed is not None:
+        options["do_sample"] = True
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
+    return options
+
+
+def _converse(writer: Writer, system: str | None) -> None:
+    """Ask and answer until the end of input; Ctrl-C ends a reply, at the question the program."""
+    history = _system(system)
+    while True:
+        try:
+            text = click.prompt(">", prompt_suffix=" ", err=True)
+        except click.Abort:
+            say("")
+            return
+        history.append(_message("user", text))
+        ids = writer.chat_ids(history) if writer.can_chat else writer.text_ids(_plain(history))
+        try:
+            reply = writer.write(ids, show=True)
+        except KeyboardInterrupt:
+            say("\nmoepack: reply ended")
+            history.pop()
+            continue
+        history.append(_message("assistant", reply.text))
+
+
+def _plain(history: list[dict[str, str]]) -> str:
+    """A conversation for a model without chat template: just the texts, one after another."""
+    return "\n".join(message["content"] for message in history)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [_message("system", text)]

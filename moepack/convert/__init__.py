@@ -1,0 +1,1 @@
+"""From a checkpoint to a pack: sources, the plan, and carrying it out expert by expert."""

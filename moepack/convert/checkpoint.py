@@ -1,0 +1,125 @@
+"""Checkpoints as conversion sees them: named tensors that are read a slice at a time.
+
+`open_checkpoint` turns a local folder or a Hub id into a `Checkpoint`. A checkpoint is data only:
+no Python file, pickle or ``auto_map`` entry of it is ever executed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moepack.convert.folder_source import FolderCheckpoint
+from moepack.convert.gptq import GPTQCheckpoint, GPTQSettings, gptq_settings
+from moepack.convert.hub_source import download
+from moepack.convert.source_files import read_config
+from moepack_formats.errors import UsageError
+from moepack_formats.manifest import Source
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
+
+
+class Checkpoint(Protocol):
+    """A set of named tensors with a model configuration."""
+
+    @property
+    def folder(self) -> Path:
+        """Where ``config.json`` and the tokenizer files lie."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` without ``auto_map``.
+
+        ``quantization_config`` is there only when the tensors still are quantized (``fp8`` and
+        ``mxfp4``, which transformers' weight conversion dequantizes).
+        """
+
+    @property
+    def source(self) -> Source:
+        """Id, revision and licence, as far as they are known."""
+
+    @property
+    def notices(self) -> list[str]:
+        """One line for each thing of the source that is not used, for the user to see."""
+
+    def keys(self) -> list[str]:
+        """The tensors' names, in the order of the shards."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of tensor `key`, from the header: no data is read."""
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of tensor `key`, from the header: no data is read."""
+
+    def nbytes(self, key: str) -> int:
+        """Bytes that tensor `key` takes when it is read whole."""
+
+    def read(self, key: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """Read tensor `key`, or the part of it that `index` selects.
+
+        Args:
+            key: A name that `keys` lists.
+            index: One slice of step 1 for each of the leading dimensions; the remaining
+                dimensions are read whole.
+
+        Returns:
+            A tensor on the CPU with memory of its own.
+
+        Raises:
+            IntegrityError: The file is damaged, or changed since it was opened.
+            ResourceError: The operating system could not read it.
+        """
+
+    def close(self) -> None:
+        """Let go of what the checkpoint holds open."""
+
+
+def open_checkpoint(src: str, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
+    """Open a checkpoint folder, or download one from the Hub and open it.
+
+    Args:
+        src: A folder with ``config.json`` and safetensors files, or a Hub id ``org/name``.
+        revision: Branch, tag or commit of a Hub id.
+        offline: Use what the Hub cache holds and never the network.
+
+    Returns:
+        The checkpoint. GPTQ weights appear as plain float16 ``X.weight`` tensors.
+
+    Raises:
+        UsageError: `src` is neither, or its weights are in a form that is not supported.
+        IntegrityError: A file of it is missing or damaged.
+        NetworkError: The Hub could not be reached or refused.
+    """
+    folder = Path(src).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError("a revision belongs to a Hub id, not to a folder", where=src)
+        return _open_folder(folder)
+    if folder.exists():
+        raise UsageError("not a folder", where=src, remedy="name the folder that holds config.json")
+    if not _looks_like_repo_id(src):
+        raise UsageError(
+            "no such folder, and not a Hub id either",
+            where=src,
+            wanted="an existing folder, or org/name",
+        )
+    folder = download(src, revision=revision, offline=offline, check=_settings)
+    return _open_folder(folder, repo_id=src)
+
+
+def _looks_like_repo_id(src: str) -> bool:
+    odd = ".." in src or "--" in src or src.endswith(".git")
+    return not odd and len(src) <= 96 and _REPO_ID.fullmatch(src) is not None
+
+
+def _open_folder(folder: Path, repo_id: str | None = None) -> Checkpoint:
+    settings = _settings(folder)
+    plain = FolderCheckpoint(folder, repo_id=repo_id)
+    return plain if settings is None else GPTQCheckpoint(plain, settings)
+
+
+def _settings(folder: Path) -> GPTQSettings | None:
+    return gptq_settings(read_config(folder), folder)

@@ -1,0 +1,398 @@
+"""From a checkpoint's tensors to the model's, through transformers' own conversion table.
+
+Publishers name and split tensors in many ways: one tensor per expert or all of a layer in one,
+fused or separate projections, FP8 blocks or MXFP4. transformers has a table that says how each
+becomes a parameter of its model, and ``WeightMapping`` applies that table piece by piece: to one
+expert, or to one tensor of the trunk, so that nothing larger is ever in memory. It gives exactly
+what ``from_pretrained`` would load, and has no table of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moepack.convert.checkpoint import Checkpoint
+from moepack.convert.dequantize import align_block_scales, dequantizer
+from moepack.convert.meta_model import build_meta_model
+from moepack_formats.errors import UsageError
+from moepack_runtime.experts import ExpertsAdapter, find_experts
+
+__all__ = ["Target", "WeightMapping", "build_meta_model"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the trunk, as the model names it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Group:
+    """The source tensors that become one parameter, or several by one conversion.
+
+    Attributes:
+        first: The parameter's name; of several, the first of the converter's targets.
+        converter: How; None when the tensor is only renamed.
+        sources: ``(key, pattern it matched)`` in the loader's order.
+    """
+
+    first: str
+    converter: WeightConverter | None
+    sources: list[tuple[str, str | None]] = field(default_factory=list)
+
+    @cached_property
+    def by_pattern(self) -> dict[str | None, list[str]]:
+        """The sources, sorted by the pattern they matched; complete only after grouping."""
+        patterns: dict[str | None, list[str]] = {}
+        for key, pattern in self.sources:
+            patterns.setdefault(pattern, []).append(key)
+        return patterns
+
+
+class _OneExpertModel:
+    """The model, as a conversion sees it that is given one expert instead of all.
+
+    Some conversions look at the shape of their target to decide whether to transpose.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._model = model
+        self._shapes = shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        whole = self._model.get_parameter(name)
+        shape = self._shapes.get(name)
+        return whole if shape is None else torch.empty(shape, dtype=whole.dtype, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class WeightMapping:
+    """A checkpoint seen through the model it belongs to.
+
+    Args:
+        model: The model on the meta device, with its experts.
+        checkpoint: Where the tensors are.
+
+    Attributes:
+        adapters: The experts modules, in model order.
+        unexpected: Keys of the checkpoint that the model has no place for (the layers for
+            multi-token prediction, for instance).
+        missing: Parameters that are absent and may be: tied ones and those the model ignores.
+
+    Raises:
+        UsageError: A parameter has no source, the experts cannot be read one at a time, or the
+            source is quantized in a way that transformers cannot undo.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.adapters = find_experts(model)
+        self._parameters: dict[str, Tensor] = model.state_dict()
+        self._quantizer = dequantizer(checkpoint.config)
+        self._expert_names = {f"{a.name}.{p}" for a in self.adapters for p in a.parameters}
+        self._groups, self.unexpected = self._group_keys()
+        self._targets = {first: self._targets_of(group) for first, group in self._groups.items()}
+        self.missing = self._check_complete()
+        self._expert_groups = {a.name: self._groups_of(a) for a in self.adapters}
+        for adapter in self.adapters:
+            self._check_experts(adapter)
+
+    def _group_keys(self) -> tuple[dict[str, _Group], tuple[str, ...]]:
+        """Sorts every key of the checkpoint to its target, as transformers' loader does."""
+        transforms = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = self.model.base_model_prefix
+        groups: dict[str, _Group] = {}
+        unexpected: list[str] = []
+        for key in sorted(self.checkpoint.keys(), key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, self._parameters)
+            if name not in self._parameters and key in self._parameters:
+                # The table would rename a key that already has its final name.
+                name, pattern = rename_source_key(key, [], [], prefix, self._parameters)
+            if name not in self._parameters:
+                unexpected.append(key)
+                continue
+            converter = None if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(name, _Group(name, converter))
+            if group.converter is None and group.sources:
+                unexpected.append(key)  # the loader keeps the first of two keys for one name
+            else:
+                group.sources.append((key, pattern))
+        return groups, tuple(unexpected)
+
+    def _targets_of(self, group: _Group) -> list[Target]:
+        """What a group becomes: known beforehand, but for a converter with several targets."""
+        names = [group.first]
+        if group.converter is not None and len(group.converter.target_patterns) > 1:
+            # Only the conversion itself knows the names; on the meta device it costs nothing.
+            sources = [
+                torch.empty(
+                    self.checkpoint.shape(key), dtype=self._dtype(group, key), device="meta"
+                )
+                for key, _ in group.sources
+            ]
+            names = list(self._convert(group, group.sources, sources, self.model))
+        targets = []
+        for name in names:
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise UsageError(
+                    "transformers' conversion table gives a parameter that the model lacks",
+                    where=name,
+                    got=f"it comes from {group.sources[0][0]}",
+                )
+            targets.append(Target(name, self._dtype_of(group, name), tuple(parameter.shape)))
+        return targets
+
+    def _check_complete(self) -> tuple[str, ...]:
+        """Names of parameters without a source that may be absent; the others are an error."""
+        found = {target.name for targets in self._targets.values() for target in targets}
+        absent = [name for name in self._parameters if name not in found]
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        partners: dict[str, set[str]] = {}
+        for target, source in tied.items():
+            partners.setdefault(target, set()).add(source)
+            partners.setdefault(source, set()).add(target)
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
+        may_be_absent = re.compile("|".join(f"({p})" for p in ignored) or r"(?!)")
+        lost = [
+            name
+            for name in absent
+            if not partners.get(name, set()) & found and not may_be_absent.search(name)
+        ]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise UsageError(
+                f"the checkpoint has no tensor for {lost[0]}{more}",
+                where=self.checkpoint.folder,
+                remedy="download the checkpoint again if files are missing",
+            )
+        return tuple(absent)
+
+    def experts(self, adapter: ExpertsAdapter, expert: int) -> dict[str, Tensor]:
+        """Reads one expert; no other expert's bytes are touched.
+
+        Args:
+            adapter: One of ``adapters``.
+            expert: 0 <= expert < adapter.num_experts.
+
+        Returns:
+            Canonical ``gate``, ``up``, ``down`` and biases (see ``ExpertsAdapter.canonical``),
+            contiguous, in the model's dtype.
+
+        Raises:
+            UsageError: The tensors do not have the shapes that the model needs.
+        """
+        tensors: dict[str, Tensor] = {}
+        shapes = {}
+        for parameter in adapter.parameters:
+            whole = adapter.shapes[parameter]
+            index = adapter.expert_slice(parameter, whole, expert)
+            shapes[f"{adapter.name}.{parameter}"] = _sliced(whole, index)
+        view = cast(PreTrainedModel, _OneExpertModel(self.model, shapes))
+        for group in self._expert_groups[adapter.name]:
+            sources = self._sources_of(adapter, group, expert)
+            values = [self._read(group, key, index) for key, _, index in sources]
+            converted = self._convert(group, [(k, p) for k, p, _ in sources], values, view)
+            tensors.update((name, value) for name, value in converted.items() if name in shapes)
+        one: dict[str, Tensor] = {}
+        for parameter in adapter.parameters:
+            name = f"{adapter.name}.{parameter}"
+            if tuple(tensors[name].shape) != shapes[name]:
+                raise UsageError(
+                    "an expert's tensor does not have the shape the model needs",
+                    where=f"{name}, expert {expert}",
+                    wanted=shapes[name],
+                    got=tuple(tensors[name].shape),
+                )
+            value = tensors[name].detach().to(self._parameters[name].dtype)
+            one[parameter] = adapter.without_expert_axis(parameter, value)
+        return {part: value.contiguous() for part, value in adapter.canonical(one).items()}
+
+    def _groups_of(self, adapter: ExpertsAdapter) -> list[_Group]:
+        prefix = f"{adapter.name}."
+        names = {prefix + parameter for parameter in adapter.parameters}
+        return [
+            group
+            for first, group in self._groups.items()
+            if any(target.name in names for target in self._targets[first])
+        ]
+
+    def _sources_of(
+        self, adapter: ExpertsAdapter, group: _Group, expert: int
+    ) -> list[tuple[str, str | None, tuple[slice, ...] | None]]:
+        """``(key, pattern, what to read of it)`` for one expert of one group."""
+        if _merges(group):
+            return [(keys[expert], pattern, None) for pattern, keys in group.by_pattern.items()]
+        parameter = group.first.removeprefix(f"{adapter.name}.")
+        return [
+            (key, pattern, adapter.expert_slice(parameter, self.checkpoint.shape(key), expert))
+            for key, pattern in group.sources
+        ]
+
+    def _check_experts(self, adapter: ExpertsAdapter) -> None:
+        """Makes sure, before anything is read, that single experts can be."""
+        for group in self._expert_groups[adapter.name]:
+            parameter = group.first.removeprefix(f"{adapter.name}.")
+            length = adapter.shapes[parameter][0]
+            if _merges(group):
+                counts = {len(keys) for keys in group.by_pattern.values()}
+                allowed = {adapter.num_experts, length}
+            else:
+                counts = {(self.checkpoint.shape(key) or (0,))[0] for key, _ in group.sources}
+                allowed = {length}
+            if not counts <= allowed or len(counts) != 1:
+                raise UsageError(
+                    "the checkpoint's experts are incomplete or cannot be read one at a time",
+                    where=group.first,
+                    wanted=" or ".join(str(n) for n in sorted(allowed)),
+                    got=f"{', '.join(str(n) for n in sorted(counts))} ({group.sources[0][0]})",
+                )
+
+    def trunk_targets(self) -> list[Target]:
+        """Everything but the routed experts, in the order ``trunk`` gives it; reads no data."""
+        return [target for group in self._trunk_groups() for target in self._targets[group.first]]
+
+    def trunk(self, start: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Reads the trunk tensor by tensor.
+
+        Args:
+            start: How many of ``trunk_targets`` to pass over; they are not read.
+
+        Yields:
+            ``(name, contiguous tensor)`` with the dtype and shape that ``trunk_targets`` states.
+
+        Raises:
+            UsageError: A tensor does not have the shape that the model needs.
+        """
+        position = 0
+        for group in self._trunk_groups():
+            targets = self._targets[group.first]
+            position += len(targets)
+            if position <= start:
+                continue
+            values = [self._read(group, key, None) for key, _ in group.sources]
+            converted = self._convert(group, group.sources, values, self.model)
+            del values
+            for i, target in enumerate(targets, position - len(targets)):
+                value = converted.pop(target.name)
+                if tuple(value.shape) != target.shape:
+                    raise UsageError(
+                        "a tensor does not have the shape the model needs",
+                        where=target.name,
+                        wanted=target.shape,
+                        got=tuple(value.shape),
+                    )
+                if i >= start:
+                    yield target.name, value.detach().to(target.dtype).contiguous()
+
+    def _trunk_groups(self) -> Iterator[_Group]:
+        for first, group in self._groups.items():
+            if not any(target.name in self._expert_names for target in self._targets[first]):
+                yield group
+
+    def _read(self, group: _Group, key: str, index: tuple[slice, ...] | None) -> Tensor:
+        tensor = self.checkpoint.read(key, index)
+        # The loader casts before it converts, which matters as soon as a conversion computes.
+        return tensor.to(self._dtype(group, key))
+
+    def _dtype(self, group: _Group, key: str) -> torch.dtype:
+        """The dtype in which a source tensor enters its conversion."""
+        stored = self.checkpoint.dtype(key)
+        if self._quantizer is None:
+            return self._planned_dtype(group.first)
+        wanted = self._quantizer.get_new_dtype(
+            group.converter,
+            torch.empty(0, dtype=stored, device="meta"),
+            self._planned_dtype(group.first),
+        )
+        return stored if wanted is None else cast(torch.dtype, wanted)
+
+    def _dtype_of(self, group: _Group, name: str) -> torch.dtype:
+        """The dtype of a target."""
+        if self._quantizer is not None and len(group.sources) == 1:
+            # Not quantized after all: a norm's weight in a quantized checkpoint, for instance.
+            return self._dtype(group, group.sources[0][0])
+        return self._planned_dtype(name)
+
+    def _planned_dtype(self, name: str) -> torch.dtype:
+        """The dtype the loader gives a parameter: the model's, or float32 where it insists."""
+        own = self._parameters[name].dtype
+        plan = self.model._get_dtype_plan(self.model.dtype)
+        for pattern, dtype in plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                return cast(torch.dtype, dtype)
+        return own
+
+    def _convert(
+        self,
+        group: _Group,
+        sources: Sequence[tuple[str, str | None]],
+        tensors: Sequence[Tensor],
+        model: PreTrainedModel,
+    ) -> dict[str, Tensor]:
+        """Applies a group's conversion to all or a part of its sources."""
+        if group.converter is None:
+            return {group.first: tensors[0]}
+        # A conversion consumes what it has collected, and the table holds one for all layers.
+        converter = copy.deepcopy(group.converter)
+        tensors = align_block_scales(self._quantizer, [p for _, p in sources], tensors)
+        for (key, pattern), tensor in zip(sources, tensors, strict=True):
+            converter.add_tensor(group.first, key, cast(str, pattern), cast(Any, tensor))
+        try:
+            with torch.no_grad():
+                # Without loading_info errors are raised instead of collected.
+                out = converter.convert(group.first, model=model, config=self.model.config)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            raise UsageError(
+                "the checkpoint's tensors do not fit transformers' conversion",
+                where=group.first,
+                got=f"{type(e).__name__}: {e}",
+            ) from e
+        return {name: v[0] if isinstance(v, list) else v for name, v in out.items()}
+
+
+def _merges(group: _Group) -> bool:
+    """Whether the sources are one tensor per expert."""
+    operations = () if group.converter is None else group.converter.operations
+    return any(isinstance(operation, MergeModulelist) for operation in operations)
+
+
+def _sliced(shape: Sequence[int], index: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))

@@ -1,0 +1,67 @@
+"""What a user may choose about a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moepack_formats.errors import UsageError
+from moepack_formats.schemes import DEFAULT_SCHEME, SCHEMES
+
+RAW_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+INTEGER_BITS = (*DEFAULT_SCHEME, 16)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Choices that decide the bytes of a pack.
+
+    Attributes:
+        attn_bits: Width of the trunk's Linears: 2, 3, 4, 8 or 16.
+        expert_bits: An integer as ``attn_bits``, or a decimal that caps the true bits a weight.
+        head_bits: Width of embeddings and output head: 4, 8 or 16.
+        scheme: Exact scheme of the experts; overrides ``expert_bits``.
+        budget: Largest size of the whole pack in bytes; overrides ``expert_bits``.
+        quantizer: Name of the quantizer.
+        max_file_nbytes: A layer or trunk file over this is split.
+    """
+
+    attn_bits: int = 4
+    expert_bits: float = 3
+    head_bits: int = 16
+    scheme: str | None = None
+    budget: int | None = None
+    quantizer: str = "hqq"
+    max_file_nbytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        wanted = ", ".join(str(bits) for bits in INTEGER_BITS)
+        if self.attn_bits not in INTEGER_BITS:
+            raise UsageError("--attn-bits", wanted=f"one of {wanted}", got=self.attn_bits)
+        if self.head_bits not in (4, 8, 16):
+            raise UsageError("--head-bits", wanted="4, 8 or 16", got=self.head_bits)
+        is_integer = float(self.expert_bits).is_integer()
+        if is_integer and int(self.expert_bits) not in INTEGER_BITS:
+            raise UsageError(
+                "--expert-bits", wanted=f"one of {wanted}, or a decimal cap", got=self.expert_bits
+            )
+        if self.scheme is not None and self.scheme not in SCHEMES:
+            raise UsageError(
+                "--scheme", wanted=f"one of {', '.join(SCHEMES)}", got=repr(self.scheme)
+            )
+        if self.scheme is not None and self.budget is not None:
+            raise UsageError("--scheme and --budget exclude each other")
+
+
+def scheme_of_bits(bits: int, dtype: torch.dtype) -> str:
+    """The scheme an integer width stands for.
+
+    Args:
+        bits: 2, 3, 4, 8, or 16 for the source's own bits.
+        dtype: The source's dtype.
+    """
+    if bits < 16:
+        return DEFAULT_SCHEME[bits]
+    return RAW_SCHEMES.get(dtype, "f32")

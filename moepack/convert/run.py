@@ -1,0 +1,311 @@
+"""Carrying a plan out: experts, trunk, small files, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from moepack import __version__
+from moepack.quant import Quantizer, get_quantizer, quantize_matrix
+from moepack_formats import FORMAT_VERSION, checksum, osio
+from moepack_formats.errors import IntegrityError
+from moepack_formats.journal import FinishedFile, Journal
+from moepack_formats.layer import LayerPlan, layer_writer
+from moepack_formats.manifest import (
+    FORMAT_NAME,
+    MANIFEST_NAME,
+    FileEntry,
+    LayerEntry,
+    Manifest,
+    Recipe,
+    to_json,
+)
+from moepack_formats.matrix import pack_matrix
+from moepack_formats.record import Part, RecordSpec, pack_record
+from moepack_formats.schemes import get_scheme
+from moepack_formats.tensor_file import TensorPlan
+from moepack_formats.tiles import Bytes
+from moepack_formats.writer import TensorFileWriter
+
+from .model_files import model_card, write_model_files
+from .options import scheme_of_bits
+from .output_folder import check_space, check_usable, clear_old_pack, locked
+from .plan import ConversionPlan, TrunkTensor
+
+T = TypeVar("T")
+
+_SMALL_FILES_NBYTES = 64_000_000
+"""Room for tokenizer, config and headers when the disk's space is checked."""
+
+
+class Progress(Protocol):
+    """Is told how far a conversion has come."""
+
+    def start(self, parameters: int) -> None:
+        """So many parameters will be converted."""
+
+    def advance(self, parameters: int, what: str) -> None:
+        """So many more are done; ``what`` is being worked on."""
+
+    def notice(self, line: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file of the trunk."""
+
+    name: str
+    tensors: tuple[TrunkTensor, ...]
+
+
+def convert(
+    plan: ConversionPlan, out: Path, progress: Progress, *, force: bool = False
+) -> Manifest:
+    """Write the pack that ``plan`` describes.
+
+    A run that was killed goes on where it stopped when it is started again with the same source
+    and options, and writes the same bytes as an undisturbed one.
+
+    Args:
+        plan: From :func:`moepack.convert.plan.make_plan`.
+        out: The output folder.
+        progress: Is told about it.
+        force: Overwrite what the folder holds.
+
+    Raises:
+        IntegrityError: A source weight is NaN or infinite.
+        ResourceError: The disk is full, read-only, or the folder is in use.
+    """
+    quantizer = get_quantizer(plan.options.quantizer)
+    check_usable(out, force=force)
+    with locked(out):
+        if force:
+            clear_old_pack(out)
+        with closing(Journal(out, fingerprint(plan))) as journal:
+            done = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            check_space(out, plan.nbytes + _SMALL_FILES_NBYTES - done)
+            progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
+            manifest = _Conversion(plan, out, quantizer, journal, progress).run()
+            osio.write_file(out / MANIFEST_NAME, to_json(manifest))
+            journal.remove()
+    return manifest
+
+
+def fingerprint(plan: ConversionPlan) -> str:
+    """Names everything that decides a byte of the output, the weights by their files' stamps."""
+    folder = plan.checkpoint.folder
+    stamps = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
+    facts = {
+        "moepack": __version__,
+        "torch": torch.__version__,
+        "source": asdict(plan.checkpoint.source),
+        "config": plan.checkpoint.config,
+        "options": asdict(plan.options),
+        "files": stamps,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Conversion:
+    """One run: what every step needs."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        out: Path,
+        quantizer: Quantizer,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.out, self.quantizer = plan, out, quantizer
+        self.journal, self.progress = journal, progress
+        self.files: dict[str, FileEntry] = {}
+        self.trunk_digests: dict[str, str] = {}
+
+    def run(self) -> Manifest:
+        entries = tuple(self._layer(layer) for layer in self.plan.layers)
+        self._trunk()
+        names, notices = write_model_files(self.plan, self.out)
+        for line in notices:
+            self.progress.notice(line)
+        for name in names:
+            self._list_small_file(name)
+        manifest = self._manifest(entries)
+        osio.write_file(self.out / "README.md", model_card(manifest))
+        return manifest
+
+    def _layer(self, layer: LayerPlan) -> LayerEntry:
+        names = []
+        for name, experts in layer.files(self.plan.options.max_file_nbytes):
+            writer = layer_writer(self.out, layer, name, experts, self.journal)
+            with closing(writer):
+                done = writer.resume()
+                skipped = [layer.specs[layer.spec_of[e]].parameters for e in experts[:done]]
+                self.progress.advance(sum(skipped), name)
+                for expert, record in self._records(layer, experts[done:]):
+                    writer.append(record)
+                    parameters = layer.specs[layer.spec_of[expert]].parameters
+                    self.progress.advance(parameters, f"layer {layer.index}, expert {expert}")
+                self._list_file(name, writer.finish())
+            names.append(name)
+        return LayerEntry(layer.index, layer.module, layer.num_experts, tuple(names))
+
+    def _records(self, layer: LayerPlan, experts: Sequence[int]) -> Iterator[tuple[int, Bytes]]:
+        adapter = self.plan.adapters[layer.index]
+        parts = _read_ahead(experts, lambda e: self.plan.mapping.experts(adapter, e))
+        for expert, tensors in parts:
+            spec = layer.specs[layer.spec_of[expert]]
+            yield expert, self._record(spec, tensors, f"{adapter.name}, expert {expert}")
+
+    def _record(self, spec: RecordSpec, tensors: dict[str, Tensor], where: str) -> Bytes:
+        first = "gate_up" if "gate" in tensors else "up"
+        schemes = {"down": "down", "gate": first, "up": first}
+        parts: dict[str, Part] = {}
+        for name, tensor in tensors.items():
+            place = f"{where}, {name}"
+            if name.endswith("_bias"):
+                _check_finite(tensor, place)
+                parts[name] = tensor.float().numpy()
+                continue
+            planned = spec.tensor(schemes[name])
+            scheme = get_scheme(planned.scheme if planned is not None else "")
+            parts[name] = quantize_matrix(tensor, scheme, self.quantizer, where=place)
+        return pack_record(spec, parts)
+
+    def _trunk(self) -> None:
+        shards = _shards(self.plan.trunk, self.plan.options.max_file_nbytes)
+        writers = [
+            TensorFileWriter(
+                self.out,
+                shard.name,
+                [tensor.stored for tensor in shard.tensors],
+                lambda _: {"format": "pt"},
+                self.journal,
+            )
+            for shard in shards
+        ]
+        for shard, writer in zip(shards, writers, strict=True):
+            with closing(writer):
+                done = writer.resume()
+                self.progress.advance(sum(_numel(t) for t in shard.tensors[:done]), shard.name)
+                start = self.plan.trunk.index(shard.tensors[0]) + done
+                rest = self.plan.mapping.trunk(start) if done < len(shard.tensors) else iter(())
+                for planned, (name, tensor) in zip(shard.tensors[done:], rest, strict=False):
+                    writer.append(self._trunk_bytes(planned, tensor))
+                    self.progress.advance(_numel(planned), name)
+                facts = writer.finish()
+            self._list_file(shard.name, facts)
+            stored = [tensor.stored.name for tensor in shard.tensors]
+            self.trunk_digests.update(zip(stored, facts.digests, strict=True))
+        if len(shards) > 1:
+            self._write_index(shards)
+
+    def _trunk_bytes(self, planned: TrunkTensor, tensor: Tensor) -> Bytes:
+        if planned.scheme is not None:
+            scheme, name = get_scheme(planned.scheme), planned.target.name
+            return pack_matrix(quantize_matrix(tensor, scheme, self.quantizer, where=name))
+        if tensor.is_floating_point():
+            _check_finite(tensor, planned.target.name)
+        flat = tensor.contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy()
+
+    def _write_index(self, shards: list[_Shard]) -> None:
+        weight_map = {t.stored.name: shard.name for shard in shards for t in shard.tensors}
+        total = sum(tensor.stored.nbytes for shard in shards for tensor in shard.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        name = "model.safetensors.index.json"
+        osio.write_file(self.out / name, json.dumps(index, indent=1).encode())
+        self._list_small_file(name)
+
+    def _list_file(self, name: str, facts: FinishedFile) -> None:
+        self.files[name] = FileEntry(facts.size, facts.sha256, facts.header_xxh3)
+
+    def _list_small_file(self, name: str) -> None:
+        path = self.out / name
+        descriptor = osio.open_regular(path)
+        try:
+            digest = checksum.sha256_of_file(descriptor, name)
+            self.files[name] = FileEntry(os.fstat(descriptor).st_size, digest)
+        finally:
+            os.close(descriptor)
+
+    def _manifest(self, layers: tuple[LayerEntry, ...]) -> Manifest:
+        plan, options = self.plan, self.plan.options
+        schemes = {bits: scheme_of_bits(bits, torch.float32) for bits in (2, 3, 4, 8)}
+        recipe = Recipe(
+            quantizer=options.quantizer,
+            trunk_scheme=schemes.get(options.attn_bits, "source"),
+            head_scheme=schemes.get(options.head_bits, "source"),
+            expert_schemes=plan.expert_schemes,
+        )
+        return Manifest(
+            format=FORMAT_NAME,
+            format_version=FORMAT_VERSION,
+            min_reader=FORMAT_VERSION,
+            generator=f"moepack {__version__}",
+            model_type=plan.model.config.model_type,
+            architecture=type(plan.model).__name__,
+            source=plan.checkpoint.source,
+            recipe=recipe,
+            sizes=plan.sizes,
+            layers=layers,
+            packed=plan.packed,
+            trunk=dict(sorted(self.trunk_digests.items())),
+            files=dict(sorted(self.files.items())),
+        )
+
+
+def _read_ahead(keys: Sequence[int], load: Callable[[int], T]) -> Iterator[tuple[int, T]]:
+    """Load one item while the one before it is worked on; never more than two are alive."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[T] | None = pool.submit(load, keys[0]) if keys else None
+        for i, key in enumerate(keys):
+            assert ahead is not None  # submitted in the round before
+            item = ahead.result()
+            ahead = pool.submit(load, keys[i + 1]) if i + 1 < len(keys) else None
+            yield key, item
+
+
+def _shards(trunk: Sequence[TrunkTensor], max_nbytes: int) -> list[_Shard]:
+    groups: list[list[TrunkTensor]] = [[]]
+    filled = 0
+    for tensor in trunk:
+        if filled and filled + tensor.stored.nbytes > max_nbytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.stored.nbytes
+    if len(groups) == 1:
+        return [_Shard("model.safetensors", tuple(groups[0]))]
+    total = len(groups)
+    return [
+        _Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def _check_finite(tensor: Tensor, where: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise IntegrityError(
+            "the source weights hold NaN or infinity",
+            where=where,
+            remedy="download the source again or repair the tensor",
+        )
+
+
+def _numel(tensor: TrunkTensor) -> int:
+    return TensorPlan("", "U8", tensor.target.shape).nbytes

@@ -1,0 +1,260 @@
+"""What every quantizer of our own shares: groups of weights, codes, and the walk over a matrix.
+
+A matrix is worked on some rows at a time. In a chunk the groups lie side by side, one group to a
+column, so that a sum over a group adds whole vectors and every pass stays in the cache.
+
+Shape letters: R rows of a chunk, C cols (inputs), g weights in a group, G groups of a row,
+N = R * G groups of a panel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from moepack_formats.matrix import QuantizedMatrix
+from moepack_formats.schemes import Scheme
+from torch import Tensor
+
+from .storage import Stored
+
+CHUNK_WEIGHTS = 1 << 19
+"""Weights per chunk: small enough for the last-level cache (16 bytes a weight, 8 MiB in all), large
+enough that a pass takes longer than starting it. Threads share the passes, not the chunks: a pass
+is some tens of microseconds, and handing Python's lock from thread to thread costs as much."""
+
+MINIMUM_TURNS = 2
+"""Turns of codes and minima once the scales are final."""
+
+_SMALLEST_STEP = 1e-30  # Below it 1 / step is no longer finite; float16 ends at 6e-8.
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over each group, ``q`` its codes and ``w`` its centred weights: ``[N]`` each."""
+
+    q: Tensor
+    qq: Tensor
+    qw: Tensor
+
+
+class Panel:
+    """Groups of one size, one to a column.
+
+    The weights are centred on their group's mean: sums of squares then lose nothing to
+    cancellation, and the sum of a group's weights is zero.
+
+    Sums go down the columns. Torch shares such a sum between threads at multiples of 128 bytes,
+    where its inner loop would begin anew anyway, so every column is added up in the same order
+    whatever the number of threads.
+
+    Args:
+        rows: ``[R, G * g]`` weights of any float dtype.
+        group: Weights in a group, g.
+
+    Attributes:
+        size: g.
+        weights: ``[g, N]`` float32, less ``mean``.
+        mean: ``[N]`` float32.
+        low: ``[N]`` smallest centred weight.
+        high: ``[N]`` largest centred weight.
+        reach: The largest absolute centred weight of all groups.
+        codes: ``[g, N]`` float32, integers, as the last ``encode`` left them.
+    """
+
+    def __init__(self, rows: Tensor, group: int) -> None:
+        by_group = rows.reshape(-1, group).t()
+        self.size = group
+        self.weights = torch.empty(by_group.shape, dtype=torch.float32).copy_(by_group)
+        self.mean = self.weights.sum(dim=0) / group
+        self.weights -= self.mean
+        self.low = self.weights.amin(dim=0)
+        self.high = self.weights.amax(dim=0)
+        self.reach = float(torch.maximum(self.high, -self.low).max())
+        self._scaled = torch.empty_like(self.weights)
+        self.codes = torch.empty_like(self.weights)
+        self._product = torch.empty_like(self.weights)
+
+    def power(self) -> Tensor:
+        """Sum ``[N]`` of the squares of the centred weights."""
+        return self._sum_product(self.weights, self.weights)
+
+    def scale_by(self, inverse: Tensor) -> None:
+        """Measure the weights in steps: the argument of every ``encode`` that follows.
+
+        Args:
+            inverse: ``[N]`` one over the step, as ``invert`` gives it.
+        """
+        torch.mul(self.weights, inverse, out=self._scaled)
+
+    def encode(self, zero: Tensor, top: int) -> None:
+        """Choose the nearest code, 0 to ``top``, of every weight.
+
+        Args:
+            zero: ``[N]`` the code, a fraction, that stands for the group's mean.
+            top: The largest code.
+        """
+        torch.add(self._scaled, zero, out=self.codes).round_().clamp_(0, top)
+
+    def code_sum(self) -> Tensor:
+        """Sum ``[N]`` of the present codes."""
+        return self.codes.sum(dim=0)
+
+    def moments(self) -> Moments:
+        """Sums of the present codes, for fitting step and zero point to them."""
+        qq = self._sum_product(self.codes, self.codes)
+        return Moments(self.code_sum(), qq, self._sum_product(self.codes, self.weights))
+
+    def squared_steps(self, zero: Tensor, top: int) -> Tensor:
+        """Encode, and sum ``[N]`` the squared errors, in steps."""
+        self.encode(zero, top)
+        residual = torch.sub(self._scaled, self.codes, out=self._product).add_(zero)
+        return self._sum_product(residual, residual)
+
+    def _sum_product(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mul(left, right, out=self._product).sum(dim=0)
+
+
+class GroupedRows:
+    """Rows of a matrix cut into groups; a short last group of a row is a panel of its own.
+
+    Padding the short group would let the padding take part in the fit.
+
+    Args:
+        rows: ``[R, C]`` weights of any float dtype.
+        group: Weights in a group.
+
+    Attributes:
+        panels: The full groups of all rows, then the short last groups, as far as there are any.
+    """
+
+    def __init__(self, rows: Tensor, group: int) -> None:
+        self._rows, cols = rows.shape
+        self._full, short = divmod(cols, group)
+        self.panels: list[Panel] = []
+        if self._full:
+            self.panels.append(Panel(rows[:, : self._full * group], group))
+        if short:
+            self.panels.append(Panel(rows[:, self._full * group :], short))
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Cut ``[R, G]`` values into ``[N]`` for each panel."""
+        if len(self.panels) == 1:
+            return [values.reshape(-1)]
+        return [values[:, : self._full].reshape(-1), values[:, self._full :].reshape(-1)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put ``[N]`` values of each panel together: ``[R, G]``."""
+        by_row = [part.view(self._rows, -1) for part in parts]
+        return by_row[0] if len(by_row) == 1 else torch.cat(by_row, dim=1)
+
+    def gather(self, value: Callable[[Panel], Tensor]) -> Tensor:
+        """One value per group, ``[R, G]``, from a function of a panel."""
+        return self.join([value(panel) for panel in self.panels])
+
+    def encode(self, scales: Tensor, minima: Tensor, top: int) -> Iterator[Panel]:
+        """Each panel with the codes that suit these ``[R, G]`` scales and minima best."""
+        for panel, step, minimum in zip(
+            self.panels, self.split(scales), self.split(minima), strict=True
+        ):
+            inverse = invert(step)
+            panel.scale_by(inverse)
+            panel.encode((minimum + panel.mean) * inverse, top)
+            yield panel
+
+    def write_codes(self, scales: Stored, minima: Stored, top: int, out: Tensor) -> None:
+        """Encode for the values that the reader will see.
+
+        Args:
+            scales: As stored.
+            minima: As stored.
+            top: The largest code.
+            out: ``[R, C]`` uint8, overwritten.
+        """
+        start = 0
+        effective = scales.values()
+        for panel, step in zip(
+            self.encode(effective, minima.values(), top), self.split(effective), strict=True
+        ):
+            panel.codes.mul_(step.sign())  # Codes of a step of 0 say nothing; keep them 0.
+            codes = panel.codes.t().reshape(self._rows, -1)
+            out[:, start : start + codes.shape[1]].copy_(codes)
+            start += codes.shape[1]
+
+
+def invert(step: Tensor) -> Tensor:
+    """One over each step; large and finite for a step of 0, whatever the codes then are."""
+    return step.clamp(min=_SMALLEST_STEP).reciprocal_()
+
+
+def take_better(best: Tensor, error: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Where ``error`` is below ``best``, take it and the second of each pair; in place.
+
+    Blending by ones and zeros is exact, and many times faster than torch's work with booleans.
+
+    Args:
+        best: ``[N]`` least errors so far.
+        error: ``[N]``.
+        pairs: What belongs to ``best`` and to ``error``, ``[N]`` each, all finite.
+    """
+    better = torch.lt(error, best, out=torch.empty_like(best))
+    for kept, found in pairs:
+        kept.lerp_(found, better)
+    torch.minimum(best, error, out=best)
+
+
+def refit_minima(rows: GroupedRows, scales: Tensor, minima: Tensor, top: int) -> Tensor:
+    """Minima ``[R, G]`` that suit these stored scales, after some turns with the codes."""
+    found = []
+    for panel, step, minimum in zip(
+        rows.panels, rows.split(scales), rows.split(minima), strict=True
+    ):
+        inverse = invert(step)
+        panel.scale_by(inverse)
+        zero = (minimum + panel.mean) * inverse
+        for _ in range(MINIMUM_TURNS):
+            panel.encode(zero, top)
+            zero = panel.code_sum() / panel.size
+        found.append(zero * step - panel.mean)
+    return rows.join(found)
+
+
+Solve = Callable[[GroupedRows, Scheme], tuple[Stored, Stored]]
+"""What a quantizer has to do: rows -> scales and minima, both as they will be stored."""
+
+
+def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatrix:
+    """Quantize a matrix chunk by chunk.
+
+    The codes are chosen last, for the scales and minima that the reader will see. Chunks are the
+    same whatever the number of threads.
+
+    Args:
+        weight: ``[R, C]`` finite weights.
+        scheme: A quantized scheme.
+        solve: Chooses the scales and minima of a chunk.
+    """
+    rows, cols = weight.shape
+    each = max(1, CHUNK_WEIGHTS // cols)
+    top = (1 << scheme.bits) - 1
+    codes = torch.empty((rows, cols), dtype=torch.uint8)
+    parts = []
+    with torch.inference_mode():  # Spares torch's bookkeeping in every small step.
+        for first in range(0, rows, each):
+            chunk = slice(first, min(first + each, rows))
+            grouped = GroupedRows(weight[chunk], scheme.group)
+            scales, minima = solve(grouped, scheme)
+            grouped.write_codes(scales, minima, top, codes[chunk])
+            parts.append((scales, minima))
+    scales = Stored.concatenate([part[0] for part in parts])
+    minima = Stored.concatenate([part[1] for part in parts])
+    return QuantizedMatrix(
+        scheme,
+        (rows, cols),
+        codes.numpy(),
+        scales.codes_as_numpy(),
+        minima.codes_as_numpy(),
+        scales.outer_as_numpy(),
+        minima.outer_as_numpy(),
+    )

@@ -1,0 +1,177 @@
+"""Scales and minima of 4 bits under super-scales: choosing all of them together.
+
+Rounding to 4 bits moves a scale by up to some percent, which the codes of the group can make good
+as long as they are chosen afterwards. So neighbours of the rounded scale and minimum are tried on
+the weights themselves, and the super-scales are refitted to what was chosen.
+
+Shape letters: R rows, G groups of a row, S super-groups (256 inputs) of a row, N groups of a panel,
+M = R * S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from moepack_formats.matrix import SUPER_COLS
+from moepack_formats.schemes import Scheme
+from torch import Tensor
+
+from .grid import GroupedRows, Panel, invert, refit_minima, take_better
+from .storage import (
+    CODE_TOP,
+    Stored,
+    as_float16,
+    by_super,
+    negative_minima,
+    spread,
+    store_minima,
+    store_scales,
+)
+
+SHARES = (1.02, 0.98, 0.94, 0.9, 0.86, 0.8, 0.74)
+"""Super-scales to try, as shares of the smallest that does not clip the largest scale."""
+ROUNDS = 1
+"""Rounds of neighbours and super-scales."""
+ANCHOR_TURNS = 3
+NEIGHBOURS = ((0, (0, -1, 1)), (-1, (0, -1, 1)), (1, (0, -1, 1)))
+"""Moves of a scale's code, each with moves of the minimum's, to try. Staying wins a tie."""
+_CONDITION = 1e-5
+
+
+def store_under_super_scales(
+    rows: GroupedRows, scheme: Scheme, steps: Tensor, minima: Tensor
+) -> tuple[Stored, Stored]:
+    """Round to 4 bits what was fitted freely, and fit again around the rounded values.
+
+    Args:
+        rows: The weights.
+        scheme: A scheme with 4-bit scales.
+        steps: ``[R, G]`` the best scales.
+        minima: ``[R, G]`` the best minima.
+    """
+    top = (1 << scheme.bits) - 1
+    negative = negative_minima(scheme, minima)
+    steps = _anchor_at_zero(rows, scheme, steps, minima, negative)
+    scales = store_scales(scheme, steps, SHARES)
+    minima = refit_minima(rows, scales.values(), minima, top)
+    stored = scales, store_minima(scheme, minima, negative, SHARES)
+    for _ in range(ROUNDS):
+        stored = _try_neighbours(rows, *stored, top)
+        stored = _refit_outer(rows, scheme, *stored, top)
+    return stored
+
+
+def _anchor_at_zero(
+    rows: GroupedRows, scheme: Scheme, steps: Tensor, minima: Tensor, negative: Tensor
+) -> Tensor:
+    """Steps ``[R, G]``, new ones for groups whose minimum has the sign that is not stored.
+
+    Such a group gets the minimum 0, and needs a step that reaches its weights from there.
+    """
+    sign = spread(1.0 - 2.0 * negative, SUPER_COLS // scheme.group, minima.shape[1])
+    anchored = minima * sign < 0
+    if not bool(anchored.any()):
+        return steps
+    top = (1 << scheme.bits) - 1
+    found = []
+    for panel, step, wanted in zip(
+        rows.panels, rows.split(steps), rows.split(anchored), strict=True
+    ):
+        groups = wanted.nonzero().squeeze(1)  # Few, if any.
+        if len(groups):
+            some = Panel((panel.weights[:, groups] + panel.mean[groups]).t(), panel.size)
+            step = step.index_copy(0, groups, _step_from_zero(some, top))
+        found.append(step)
+    return rows.join(found)
+
+
+def _step_from_zero(panel: Panel, top: int) -> Tensor:
+    """The step ``[N]`` that suits each group when its minimum is 0."""
+    step = ((panel.high + panel.mean) / top).clamp_(min=0)
+    for _ in range(ANCHOR_TURNS):
+        inverse = invert(step)
+        panel.scale_by(inverse)
+        panel.encode(panel.mean * inverse, top)
+        sums = panel.moments()
+        fitted = (sums.qw + panel.mean * sums.q) / sums.qq
+        step = torch.where((sums.qq > 0) & (fitted > 0), fitted, step)
+    return step
+
+
+def _try_neighbours(
+    rows: GroupedRows, scales: Stored, minima: Stored, top: int
+) -> tuple[Stored, Stored]:
+    """For each group the best of the present 4-bit codes and those one up or down."""
+    arrays = (scales.codes, scales.spread_outer(), minima.codes, minima.spread_outer())
+    found = [
+        _best_neighbour(panel, *parts, top=top)
+        for panel, *parts in zip(rows.panels, *map(rows.split, arrays), strict=True)
+    ]
+    return (
+        replace(scales, codes=rows.join([scale for scale, _ in found])),
+        replace(minima, codes=rows.join([minimum for _, minimum in found])),
+    )
+
+
+def _best_neighbour(
+    panel: Panel,
+    scale: Tensor,
+    outer_scale: Tensor,
+    minimum: Tensor,
+    outer_minimum: Tensor,
+    *,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """The 4-bit codes ``[N]`` of scales and minima with the least squared error."""
+    best: Tensor | None = None
+    best_scale, best_minimum = scale.clone(), minimum.clone()
+    for up, alongs in NEIGHBOURS:
+        tried_scale = (scale + up).clamp_(1, CODE_TOP)
+        step = tried_scale * outer_scale
+        inverse = invert(step)
+        panel.scale_by(inverse)
+        for along in alongs:
+            tried_minimum = (minimum + along).clamp_(0, CODE_TOP)
+            zero = (tried_minimum * outer_minimum).add_(panel.mean).mul_(inverse)
+            error = panel.squared_steps(zero, top).mul_(step).mul_(step)
+            if best is None:
+                best = error
+                continue
+            take_better(best, error, (best_scale, tried_scale), (best_minimum, tried_minimum))
+    return best_scale, best_minimum
+
+
+def _refit_outer(
+    rows: GroupedRows, scheme: Scheme, scales: Stored, minima: Stored, top: int
+) -> tuple[Stored, Stored]:
+    """Least squares for super-scale and super-minimum, the 4-bit and the weights' codes fixed."""
+    sums = [panel.moments() for panel in rows.encode(scales.values(), minima.values(), top)]
+    q, qq = rows.join([part.q for part in sums]), rows.join([part.qq for part in sums])
+    mean = rows.gather(lambda panel: panel.mean)
+    size = rows.gather(lambda panel: torch.full_like(panel.mean, panel.size))
+    qw = rows.join([part.qw for part in sums]) + mean * q  # Of the weights before centring.
+    scale, minimum = scales.codes, minima.codes
+
+    def total(values: Tensor) -> Tensor:
+        return by_super(values, scheme).sum(dim=0)  # [M]
+
+    # Normal equations of  weight = x * (scale * q) - y * minimum.
+    xx = total(scale * scale * qq)
+    xy = -total(scale * minimum * q)
+    yy = total(minimum * minimum * size)
+    wx = total(scale * qw)
+    wy = -total(minimum * mean * size)
+    determinant = xx * yy - xy * xy
+    x = (yy * wx - xy * wy) / determinant
+    y = (xx * wy - xy * wx) / determinant
+    # Not if all minima are 0, say, and never to a step of nothing.
+    sound = (determinant > _CONDITION * xx * yy) & (x > 0)
+    return _with_outer(scales, x, sound), _with_outer(minima, y, sound)
+
+
+def _with_outer(stored: Stored, fitted: Tensor, sound: Tensor) -> Stored:
+    if stored.outer is None:
+        raise ValueError("4-bit codes lie under an outer factor")
+    fitted, sound = fitted.view(stored.outer.shape), sound.view(stored.outer.shape)
+    return replace(stored, outer=torch.where(sound, as_float16(fitted), stored.outer))

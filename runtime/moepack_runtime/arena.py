@@ -1,0 +1,54 @@
+"""Memory for resident records: slots of equal size, taken once and reused."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from moepack_formats.errors import ResourceError
+
+from .options import format_size
+
+
+class Arena:
+    """Slots for records of one size class.
+
+    Args:
+        slot_nbytes: Size of a slot, a multiple of 4096.
+        slots: How many.
+        device: Where the slots are. Only the CPU for now; a GPU arena takes pinned host slots.
+        stream: The stream that copies into the slots run on; None on the CPU.
+
+    Raises:
+        ResourceError: There is not enough memory.
+    """
+
+    def __init__(
+        self,
+        slot_nbytes: int,
+        slots: int,
+        device: torch.device | str = "cpu",
+        stream: object | None = None,
+    ) -> None:
+        self.slot_nbytes, self.slots = slot_nbytes, slots
+        self.device, self.stream = torch.device(device), stream
+        try:
+            # Anonymous mappings start at a page, as direct reads need.
+            self._memory = mmap.mmap(-1, max(slots * slot_nbytes, 1))
+        except (OSError, ValueError) as error:
+            raise ResourceError(
+                f"cannot take {format_size(slots * slot_nbytes)} for expert slots: {error}",
+                remedy="lower --ram",
+            ) from error
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._view = memoryview(self._memory)
+
+    def tensor(self, slot: int) -> Tensor:
+        """``[slot_nbytes]`` uint8 over a slot."""
+        return self._bytes[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
+
+    def buffer(self, slot: int) -> memoryview:
+        """The slot's bytes, for reading into."""
+        return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]

@@ -1,0 +1,80 @@
+"""Which keys of a ``config.json`` are believed: those that transformers' own family knows.
+
+A repository may put anything into its config. Keys that name code (``auto_map``), kernels or other
+repositories are read by transformers' loaders, not by a family's model, so an allow-list of what
+the family's own files declare or read keeps them all out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from transformers.configuration_utils import PreTrainedConfig
+
+_ALWAYS = frozenset({"model_type", "tie_word_embeddings", "is_encoder_decoder"})
+_NEVER = frozenset(
+    {
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "transformers_weights",
+        # May name a repository whose kernels are then downloaded and run.
+        "_attn_implementation",
+        "attn_implementation",
+        "_experts_implementation",
+        "experts_implementation",
+    }
+)
+
+
+def allowed_config(
+    values: dict[str, Any], config_class: type[PreTrainedConfig]
+) -> tuple[dict[str, Any], list[str]]:
+    """Keep the keys that ``config_class`` or its model knows, in sub-configs too.
+
+    Args:
+        values: A parsed ``config.json``.
+        config_class: transformers' class for its model type.
+
+    Returns:
+        The believed part, and the names of the keys that were dropped.
+    """
+    declared = _ALWAYS | {field.name for field in dataclasses.fields(config_class)}
+    declared |= _computed(config_class) | set(config_class.attribute_map)
+    declared = (declared | _read_by_model(config_class)) - _NEVER
+    kept: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in values.items():
+        if key not in declared:
+            dropped.append(key)
+            continue
+        inner = config_class.sub_configs.get(key)
+        if isinstance(value, dict) and isinstance(inner, type):
+            value, dropped_inside = allowed_config(value, cast(type[PreTrainedConfig], inner))
+            dropped.extend(f"{key}.{name}" for name in dropped_inside)
+        kept[key] = value
+    return kept, dropped
+
+
+@functools.cache
+def _read_by_model(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+    """Attributes that the family's own files read; some are in no class (DBRX's ``rope_theta``)."""
+    folder = Path(inspect.getfile(config_class)).parent
+    files = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]
+    attributes = re.compile(r"""config\.(\w+)|config, ["'](\w+)["']""")
+    found = (match for file in files for match in attributes.finditer(file.read_text("utf-8")))
+    return frozenset(match.group(1) or match.group(2) for match in found)
+
+
+@functools.cache
+def _computed(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Keys that the class adds to its own fields when it is made."""
+    try:
+        return set(config_class().to_dict())
+    except Exception:  # a class that cannot be made without arguments adds nothing here
+        return set()

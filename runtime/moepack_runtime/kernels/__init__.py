@@ -1,0 +1,1 @@
+"""Computing with packed weights. ``reference`` is plain torch and right on every device."""

@@ -1,0 +1,64 @@
+"""Loading a pack as a transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moepack_formats.errors import FormatError
+from moepack_formats.pack import read_manifest
+
+from . import plugin  # noqa: F401 - importing registers
+from .auto_class import auto_class_of
+from .options import options
+from .pack_config import BASE_MODEL_TYPE_KEY
+
+
+def load_pack(folder: Path | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Load a pack.
+
+    Args:
+        folder: The pack's folder.
+        dtype: What the trunk computes in.
+        changes: Fields of :class:`moepack_runtime.options.RuntimeOptions`.
+
+    Returns:
+        The transformers model; ``model.moepack`` has the counters.
+
+    Raises:
+        MoepackError: The folder is not a valid pack, or does not fit.
+    """
+    path = Path(folder)
+    read_manifest(path)  # before transformers, which has longer and vaguer messages
+    auto_class = _auto_class(path)
+    with options(**changes):
+        model: PreTrainedModel = auto_class.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    return model
+
+
+def load_tokenizer(folder: Path | str) -> Any | None:
+    """The pack's tokenizer, or None when the source had none."""
+    path = Path(folder)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((path / name).exists() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _auto_class(path: Path) -> Any:
+    """The auto class that knows the model inside; most are causal, some are multimodal."""
+    try:
+        family = json.loads((path / "config.json").read_bytes())[BASE_MODEL_TYPE_KEY]
+        config_class = CONFIG_MAPPING[family]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FormatError(
+            "config.json names no family that transformers knows", where=path, got=error
+        ) from None
+    return auto_class_of(config_class)

@@ -1,0 +1,98 @@
+"""What a user may choose about running a pack, and the sizes they write."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from moepack_formats.errors import UsageError
+
+IO_MODES = ("auto", "buffered", "mmap")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a pack is run.
+
+    Attributes:
+        ram: Bytes for the trunk, the expert slots and the work space; None for a safe share of
+            what is free.
+        io: ``buffered`` reads records into slots; ``mmap`` computes from mapped files; ``auto``
+            maps when the whole pack fits in the budget.
+        prefetch: Whether the next layer's experts are guessed and read early.
+        policy: Which cached expert gives way: a file in ``policies``.
+        io_threads: Threads that read.
+    """
+
+    ram: int | None = None
+    io: str = "auto"
+    prefetch: bool = True
+    policy: str = "lru"
+    io_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.io not in IO_MODES:
+            raise UsageError("unknown I/O mode", wanted=" or ".join(IO_MODES), got=self.io)
+        if self.io_threads < 1:
+            raise UsageError("too few I/O threads", wanted="1 or more", got=self.io_threads)
+
+
+_DEFAULT = RuntimeOptions()
+_current: contextvars.ContextVar[RuntimeOptions] = contextvars.ContextVar("moepack_options")
+
+
+def current_options() -> RuntimeOptions:
+    """The options that a model loaded now would get."""
+    return _current.get(_DEFAULT)
+
+
+@contextlib.contextmanager
+def options(**changes: Any) -> Iterator[RuntimeOptions]:
+    """Set options for the models that are loaded inside the block.
+
+    ``with moepack.options(ram="6GiB"): AutoModelForCausalLM.from_pretrained(pack)``
+
+    Raises:
+        UsageError: No such option, or a value that it cannot have.
+    """
+    known = {field.name for field in fields(RuntimeOptions)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise UsageError(f"no option {unknown[0]!r}", wanted=f"one of {', '.join(sorted(known))}")
+    if isinstance(changes.get("ram"), str):
+        changes["ram"] = parse_size(changes["ram"])
+    token = _current.set(replace(current_options(), **changes))
+    try:
+        yield current_options()
+    finally:
+        _current.reset(token)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``6GiB``, ``512MB``, ``1.5G`` or ``4096``.
+
+    Raises:
+        UsageError: It is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    unit = match.group(2) if match else None
+    factor = {**_UNITS, **_BINARY_UNITS}.get(unit if unit is not None else "?")
+    if match is None or factor is None:
+        raise UsageError("not a size", wanted="a number and a unit, as 6GiB", got=repr(text))
+    return int(float(match.group(1)) * factor)
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for a person: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

@@ -1,0 +1,125 @@
+"""Modules that compute from packed weights: they stand where nn.Linear and nn.Embedding stood."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moepack_formats.errors import FormatError
+from moepack_formats.manifest import PackedEntry
+from moepack_formats.schemes import TILE_ROWS, get_scheme
+
+from .kernels import reference
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight is tiles of codes.
+
+    Attributes:
+        packed: ``[packed bytes]`` uint8.
+        bias: ``[out_features]`` or None.
+    """
+
+    packed: Tensor
+
+    def __init__(self, entry: PackedEntry, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = entry.shape
+        self.scheme = get_scheme(entry.scheme)
+        nbytes = self.scheme.packed_nbytes(*entry.shape)
+        self.register_buffer("packed", torch.empty(nbytes, dtype=torch.uint8))
+        empty = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False)
+        self.bias = empty if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[out_features, in_features]`` that the codes stand for."""
+        shape = self.out_features, self.in_features
+        return reference.decode_matrix(self.packed, self.scheme, shape, dtype)
+
+    def extra_repr(self) -> str:
+        """One line for print(model)."""
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}"
+
+
+class PackedEmbedding(nn.Module):
+    """An Embedding whose rows are tiles of codes; only the asked tiles are decoded.
+
+    Attributes:
+        packed: ``[packed bytes]`` uint8.
+    """
+
+    packed: Tensor
+
+    def __init__(self, entry: PackedEntry, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = entry.shape
+        self.padding_idx = embedding.padding_idx
+        self.scheme, self.dtype = get_scheme(entry.scheme), dtype
+        nbytes = self.scheme.packed_nbytes(*entry.shape)
+        self.register_buffer("packed", torch.empty(nbytes, dtype=torch.uint8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
+        tiles = self.packed.view(-(-self.num_embeddings // TILE_ROWS), -1)
+        wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
+        rows = reference.decode_tiles(tiles[wanted], self.scheme, self.embedding_dim, self.dtype)
+        return rows[place * TILE_ROWS + ids % TILE_ROWS]
+
+    def extra_repr(self) -> str:
+        """One line for print(model)."""
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.scheme.name}"
+
+
+class TiedHead(nn.Module):
+    """An output head that reads the codes of a :class:`PackedEmbedding`; it owns no tensor."""
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule twice
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., embedding_dim]`` to logits ``[..., num_embeddings]``."""
+        source = self._embedding[0]
+        shape = source.num_embeddings, source.embedding_dim
+        weight = reference.decode_matrix(source.packed, source.scheme, shape, x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+def swap_modules(model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.dtype) -> None:
+    """Put packed modules where ``packed`` names them.
+
+    Args:
+        model: The model on the meta device.
+        packed: Entries by dotted module name.
+        dtype: Of biases and embeddings.
+    """
+    for name, entry in packed.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        old = getattr(parent, leaf)
+        new: nn.Module
+        if entry.tied_to is not None:
+            continue
+        if entry.kind == "embedding":
+            new = PackedEmbedding(entry, old, dtype)
+        else:
+            new = PackedLinear(entry, getattr(old, "bias", None) is not None, dtype)
+        setattr(parent, leaf, new)
+    for name, entry in packed.items():
+        if entry.tied_to is not None:
+            embedding = model.get_submodule(entry.tied_to)
+            if not isinstance(embedding, PackedEmbedding):
+                raise FormatError(
+                    "a head is tied to something else than a packed embedding",
+                    where=name,
+                    got=entry.tied_to,
+                )
+            parent_name, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, leaf, TiedHead(embedding, getattr(parent, leaf).bias))

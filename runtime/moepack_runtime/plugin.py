@@ -1,0 +1,202 @@
+"""The transformers plug-in: ``AutoModelForCausalLM.from_pretrained(pack)``.
+
+transformers builds the model on the meta device, the quantizer below takes the experts' weights
+away and puts packed modules in place, and transformers then loads the trunk as it always does.
+``config.json`` of a pack carries a model type that transformers does not know by itself, so that
+without this plug-in it refuses a pack instead of running it on random experts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moepack_formats import FORMAT_VERSION
+from moepack_formats.errors import FormatError, UsageError
+from moepack_formats.pack import Pack
+
+from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
+from .experts_compute import ExpertsCompute
+from .options import current_options
+from .pack_config import MODEL_TYPE
+from .packed_modules import swap_modules
+from .prefetch import Speculator
+from .residency import Residency, open_residency
+from .statistics import Statistics
+from .trunk import check_trunk, trunk_nbytes
+
+if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
+    from transformers import PreTrainedModel
+
+
+class PackRuntime:
+    """What a loaded pack consists of besides its modules; ``model.moepack``.
+
+    Attributes:
+        pack: The open pack.
+        stats: Counters.
+        residency: Brings the records.
+        speculator: Guesses experts; None without prefetch.
+    """
+
+    def __init__(self, model: PreTrainedModel, pack: Pack, dtype: torch.dtype) -> None:
+        self.pack, self.stats = pack, Statistics()
+        options = current_options()
+        adapters = find_experts(model)
+        _check_layers(pack, adapters)
+        for adapter in adapters:
+            adapter.strip()
+        swap_modules(model, pack.manifest.packed, dtype)
+        self.residency: Residency = open_residency(
+            pack, options, trunk_nbytes(model, dtype), self.stats
+        )
+        self.speculator = (
+            Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
+        )
+        for layer, adapter in enumerate(adapters):
+            compute = ExpertsCompute(
+                layer, adapter, pack.layers[layer], self.residency, self.speculator, self.stats
+            )
+            adapter.install(compute)
+
+    def close(self) -> None:
+        """End threads and close files."""
+        self.residency.close()
+        self.pack.close()
+
+
+@register_quantization_config(MODEL_TYPE)
+class MoepackConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a pack's ``config.json``."""
+
+    def __init__(self, format_version: int = FORMAT_VERSION, **unknown: Any) -> None:
+        self.quant_method = cast(Any, MODEL_TYPE)
+        self.format_version = format_version
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise FormatError(
+                f"unknown field {sorted(unknown)[0]!r}", where="config.json: quantization_config"
+            )
+        if format_version != FORMAT_VERSION:
+            raise FormatError(
+                "unknown format version",
+                where="config.json",
+                wanted=FORMAT_VERSION,
+                got=format_version,
+                remedy="upgrade moepack",
+            )
+
+
+@register_quantizer(MODEL_TYPE)
+class MoepackQuantizer(HfQuantizer):
+    """Prepares a model on the meta device for the weights of a pack."""
+
+    requires_calibration = True  # packs are made by `moepack convert`, never while loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what this version cannot do.
+
+        Raises:
+            UsageError: A device map that names anything but the CPU.
+        """
+        device_map = kwargs.get("device_map")
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for place in places:
+            if place not in (None, "cpu", torch.device("cpu")):
+                raise UsageError("this version runs packs on the CPU", got=f"device_map {place!r}")
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **_: Any,
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise UsageError("a pack is loaded from its folder", remedy="use from_pretrained(pack)")
+        # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
+        pack = Pack(Path(checkpoint_files[0]).parent)
+        try:
+            check_trunk(pack)
+            runtime = PackRuntime(model, pack, dtype or model.dtype)
+        except BaseException:
+            pack.close()
+            raise
+        _untie_packed(model, pack)
+        register_experts_function()
+        model.set_experts_implementation(IMPLEMENTATION)
+        cast(Any, model).moepack = runtime
+        weakref.finalize(model, runtime.close)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_meta:
+                raise FormatError("the trunk lacks a tensor", where=name, remedy="convert again")
+        return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
+        """None: the trunk is stored under the model's own names."""
+        return []
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """A loaded pack cannot be saved again by transformers."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packs are for inference."""
+        return False
+
+
+def _check_layers(pack: Pack, adapters: list[ExpertsAdapter]) -> None:
+    """The pack must hold exactly the experts that the config's model has."""
+    entries = pack.manifest.layers
+    if len(entries) != len(adapters):
+        raise FormatError(
+            "the number of MoE layers differs from the config's",
+            where=pack.folder,
+            wanted=len(adapters),
+            got=len(entries),
+        )
+    for entry, adapter in zip(entries, adapters, strict=True):
+        if (entry.module, entry.num_experts) != (adapter.name, adapter.num_experts):
+            raise FormatError(
+                "a layer differs from the config's",
+                where=f"{pack.folder}, layer {entry.index}",
+                wanted=f"{adapter.name} with {adapter.num_experts} experts",
+                got=f"{entry.module} with {entry.num_experts}",
+            )
+        for expert, at in enumerate(pack.layers[entry.index]):
+            down, first = (
+                at.spec.tensor("down"),
+                at.spec.tensor("gate_up" if adapter.gated else "up"),
+            )
+            shape = (adapter.hidden_size, adapter.intermediate_size)
+            has_bias = at.spec.tensor("down_bias") is not None
+            if down is None or first is None or down.shape != shape or has_bias != adapter.has_bias:
+                raise FormatError(
+                    "a record has another shape than the config's",
+                    where=f"{at.file}, layer {entry.index}, expert {expert}",
+                    wanted=f"down {list(shape)}",
+                    got=None if down is None else list(down.shape),
+                )
+
+
+def _untie_packed(model: PreTrainedModel, pack: Pack) -> None:
+    """Packed modules share their codes themselves; transformers must not look for their weights."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        names = [key.removesuffix(".weight") for key in (target, source)]
+        packed = [name for name in names if name in pack.manifest.packed]
+        if packed:
+            del tied[target]

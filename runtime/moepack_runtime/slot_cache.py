@@ -1,0 +1,263 @@
+"""An expert cache of fixed memory: records in slots, a policy that decides which give way.
+
+All bookkeeping happens on the thread that computes; I/O threads only fill slots. Demands overtake
+guesses. A guessed expert lives in reserved slots until it is demanded, so that a wrong guess never
+costs a cached expert (Eliseev & Mazur, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moepack_formats import osio
+from moepack_formats.layer import RecordLocation
+from moepack_formats.pack import Pack, check_record
+
+from .arena import Arena
+from .io_pool import DEMAND, SPECULATION, IoPool
+from .options import RuntimeOptions, format_size
+from .policies import Key, get_policy
+from .statistics import Statistics
+
+MAX_STAGED = 8
+"""Guessed experts that may wait in slots at a time, at most a quarter of the slots."""
+
+
+def record_sizes(pack: Pack) -> dict[int, int]:
+    """Number of records by size in bytes."""
+    return dict(Counter(at.spec.nbytes for layer in pack.layers for at in layer))
+
+
+@dataclass
+class _Entry:
+    """A record that is in a slot or on its way there."""
+
+    key: Key
+    slot: int
+    reading: Future[None]
+    guessed: bool
+    pins: int = 0
+
+
+class _SizeClass:
+    """Slots and policy for the records of one size."""
+
+    def __init__(self, nbytes: int, slots: int, records: int, policy: str) -> None:
+        self.arena = Arena(nbytes, slots)
+        self.free = list(range(slots))
+        self.policy = get_policy(policy)()
+        self.staged: deque[Key] = deque()
+        self.reserved = 0 if slots >= records else min(MAX_STAGED, slots // 4)
+        self.demanded = 0
+
+    @property
+    def demanded_limit(self) -> int:
+        """Slots that demanded experts may fill; the others wait for guesses."""
+        return self.arena.slots - self.reserved
+
+
+class SlotCache:
+    """Records in slots.
+
+    Args:
+        pack: An open pack.
+        budget: Bytes for all slots; at least one slot of each record size.
+        options: Policy and I/O threads.
+        stats: Where hits, misses and bytes are counted.
+    """
+
+    def __init__(self, pack: Pack, budget: int, options: RuntimeOptions, stats: Statistics) -> None:
+        self._pack, self._stats = pack, stats
+        self._entries: dict[Key, _Entry] = {}
+        self._classes = {
+            nbytes: _SizeClass(nbytes, slots, record_sizes(pack)[nbytes], options.policy)
+            for nbytes, slots in _divide(budget, record_sizes(pack)).items()
+        }
+        self._io = IoPool(options.io_threads)
+
+    @property
+    def slots(self) -> int:
+        """Slots of all sizes."""
+        return sum(size.arena.slots for size in self._classes.values())
+
+    def describe(self) -> str:
+        """See :class:`Residency`."""
+        total = sum(len(layer) for layer in self._pack.layers)
+        size = sum(c.arena.slots * c.arena.slot_nbytes for c in self._classes.values())
+        return f"{self.slots} of {total} experts fit in {format_size(size)} of slots"
+
+    def close(self) -> None:
+        """End the I/O threads and let go of the slots."""
+        self._io.close()
+        self._entries.clear()
+        self._classes.clear()
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """See :class:`Residency`."""
+        keys = [(layer, expert) for expert in experts]
+        self._cancel_wrong_guesses(layer, set(keys))
+        ready = [self._demand_resident(key) for key in keys if key in self._entries]
+        missing = deque(key for key in keys if key not in self._entries)
+        self._stats.hits += len(ready)
+        self._stats.misses += len(missing)
+        pending = list(ready)
+        try:
+            while pending or missing:
+                while missing and self._start(missing[0], pending):
+                    missing.popleft()
+                entry = self._next_ready(pending)
+                pending.remove(entry)
+                try:
+                    entry.reading.result()
+                    size = self._class_of(entry.key)
+                    at = self._at(entry.key)
+                    yield entry.key[1], size.arena.tensor(entry.slot)[: at.spec.nbytes]
+                finally:
+                    entry.pins -= 1
+                    if entry.reading.exception() is not None:
+                        self._release(entry)
+        finally:
+            for entry in pending:
+                entry.pins -= 1
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """See :class:`Residency`."""
+        for expert in experts:
+            key = (layer, expert)
+            if key in self._entries:
+                continue
+            size = self._class_of(key)
+            if not size.free and not self._drop_staged(size, layer):
+                return
+            entry = self._read(key, size.free.pop(), guessed=True)
+            size.staged.append(entry.key)
+            self._stats.speculative_reads += 1
+
+    def _at(self, key: Key) -> RecordLocation:
+        return self._pack.layers[key[0]][key[1]]
+
+    def _class_of(self, key: Key) -> _SizeClass:
+        return self._classes[self._at(key).spec.nbytes]
+
+    def _demand_resident(self, key: Key) -> _Entry:
+        """Pin a resident record; a guess that came true becomes an ordinary one."""
+        entry, size = self._entries[key], self._class_of(key)
+        entry.pins += 1
+        if entry.guessed:
+            entry.guessed = False
+            size.staged.remove(key)
+            self._count_in(entry, size)
+            self._stats.speculative_used += 1
+            if size.demanded > size.demanded_limit:
+                self._evict(size)
+        else:
+            size.policy.touch(key)
+        return entry
+
+    def _start(self, key: Key, pending: list[_Entry]) -> bool:
+        """Begin reading a missing record if a slot can be had."""
+        size = self._class_of(key)
+        while not size.free or size.demanded >= size.demanded_limit:
+            if size.demanded >= size.demanded_limit:
+                if not self._evict(size):
+                    return False
+            elif not self._drop_staged(size, None):
+                # Every other slot is being filled by a guess; one will be done soon.
+                guesses = [self._entries[k].reading for k in size.staged]
+                if not guesses:
+                    return False
+                wait(guesses, return_when=FIRST_COMPLETED)
+        entry = self._read(key, size.free.pop(), guessed=False)
+        entry.pins += 1
+        self._count_in(entry, size)
+        pending.append(entry)
+        return True
+
+    def _read(self, key: Key, slot: int, *, guessed: bool) -> _Entry:
+        at, size = self._at(key), self._class_of(key)
+        buffer = size.arena.buffer(slot)[: at.spec.nbytes]
+
+        def job() -> None:
+            place = f"{at.file}, layer {key[0]}, expert {key[1]}"
+            osio.read_at(at.descriptor, buffer, at.offset, place)
+            check_record(buffer, at, *key)
+
+        reading = self._io.submit(job, SPECULATION if guessed else DEMAND)
+        self._stats.bytes_read += at.spec.nbytes
+        entry = _Entry(key, slot, reading, guessed)
+        self._entries[key] = entry
+        return entry
+
+    def _next_ready(self, pending: list[_Entry]) -> _Entry:
+        """A record that is there already, else the first to arrive."""
+        for entry in pending:
+            if entry.reading.done():
+                return entry
+        done, _ = wait([entry.reading for entry in pending], return_when=FIRST_COMPLETED)
+        return next(entry for entry in pending if entry.reading in done)
+
+    def _cancel_wrong_guesses(self, layer: int, needed: set[Key]) -> None:
+        """Guesses for this layer that are not needed and not yet being read are not read."""
+        for size in self._classes.values():
+            for key in [k for k in size.staged if k[0] == layer and k not in needed]:
+                entry = self._entries[key]
+                if entry.reading.cancel():
+                    self._stats.bytes_read -= self._at(key).spec.nbytes
+                    self._stats.speculative_reads -= 1
+                    self._release(entry)
+
+    def _drop_staged(self, size: _SizeClass, keep_layer: int | None) -> bool:
+        """Give up the oldest guess that was read and not used."""
+        for key in size.staged:
+            entry = self._entries[key]
+            if key[0] != keep_layer and entry.reading.done():
+                self._release(entry)
+                return True
+        return False
+
+    def _evict(self, size: _SizeClass) -> bool:
+        """Give up the demanded record that the policy names."""
+
+        def usable(key: Key) -> bool:
+            entry = self._entries[key]
+            return entry.pins == 0 and entry.reading.done()
+
+        victim = size.policy.victim(usable)
+        if victim is None:
+            return False
+        self._release(self._entries[victim])
+        return True
+
+    def _count_in(self, entry: _Entry, size: _SizeClass) -> None:
+        size.policy.insert(entry.key)
+        size.demanded += 1
+
+    def _release(self, entry: _Entry) -> None:
+        size = self._class_of(entry.key)
+        del self._entries[entry.key]
+        if entry.guessed:
+            size.staged.remove(entry.key)
+        else:
+            size.policy.remove(entry.key)
+            size.demanded -= 1
+        size.free.append(entry.slot)
+
+
+def _divide(budget: int, sizes: dict[int, int]) -> dict[int, int]:
+    """Slots for each record size: all that exist, or shares of the budget by total bytes."""
+    everything = sum(nbytes * count for nbytes, count in sizes.items())
+    if everything <= budget:
+        return dict(sizes)
+    slots = {n: min(c, max(1, budget * c // everything)) for n, c in sizes.items()}
+    while sum(n * s for n, s in slots.items()) > budget:
+        # Rounding a class up to its one slot took more than its share.
+        largest = max((n for n in slots if slots[n] > 1), key=lambda n: n * slots[n], default=None)
+        if largest is None:
+            break
+        slots[largest] -= 1
+    return slots

@@ -1,0 +1,109 @@
+"""Making packs in tests: a quiet conversion, and the stock model that equals a pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moepack.convert.checkpoint import open_checkpoint
+from moepack.convert.options import ConvertOptions
+from moepack.convert.plan import make_plan
+from moepack.convert.run import convert
+from moepack_formats.manifest import Manifest
+from moepack_runtime.kernels.reference import decode_projection
+from moepack_runtime.packed_modules import PackedEmbedding, PackedLinear
+
+
+class Silent:
+    """A progress that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.notices: list[str] = []
+
+    def start(self, parameters: int) -> None:
+        self.total = parameters
+
+    def advance(self, parameters: int, what: str) -> None:
+        self.done += parameters
+
+    def notice(self, line: str) -> None:
+        self.notices.append(line)
+
+
+def make_pack(source: Path, out: Path, *, force: bool = False, **options: Any) -> Manifest:
+    """Convert a checkpoint folder."""
+    checkpoint = open_checkpoint(str(source))
+    try:
+        plan = make_plan(checkpoint, ConvertOptions(**options))
+        progress = Silent()
+        manifest = convert(plan, out, progress, force=force)
+        assert progress.done == progress.total
+        return manifest
+    finally:
+        checkpoint.close()
+
+
+def with_weights_of_pack(stock: PreTrainedModel, packed: PreTrainedModel) -> PreTrainedModel:
+    """Give a stock model the weights that a loaded pack's codes stand for.
+
+    Args:
+        stock: The family's own model, experts and all.
+        packed: The loaded pack.
+    """
+    from moepack_runtime.experts import find_experts
+
+    runtime = packed.moepack
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if isinstance(module, PackedLinear):
+                stock.get_submodule(name).weight.copy_(module.dequantized(torch.float32))
+            elif isinstance(module, PackedEmbedding):
+                rows = module(torch.arange(module.num_embeddings))
+                stock.get_submodule(name).weight.copy_(rows)
+        for layer, adapter in enumerate(find_experts(stock)):
+            for expert, record in runtime.residency.fetch(layer, range(adapter.num_experts)):
+                spec = runtime.pack.layers[layer][expert].spec
+                parts = {
+                    tensor.name: decode_projection(record, tensor, torch.float32)
+                    for tensor in spec.tensors
+                }
+                _write_expert(adapter, expert, parts)
+    return stock
+
+
+def _write_expert(adapter: Any, expert: int, parts: dict[str, torch.Tensor]) -> None:
+    """Undo ``ExpertsAdapter.canonical`` by asking it which elements it picks.
+
+    Every element of the module's parameter is numbered, the numbers are brought into canonical
+    form, and the values are written where the numbers say.
+    """
+    numbered, flats = {}, {}
+    offset = 0
+    for name in adapter.parameters:
+        parameter: nn.Parameter = adapter.module.get_parameter(name)
+        index = adapter.expert_slice(name, parameter.shape, expert)
+        view = parameter.data[index]
+        numbers = torch.arange(offset, offset + view.numel()).view(view.shape)
+        numbered[name] = adapter.without_expert_axis(name, numbers)
+        flats[name] = (parameter, index, offset, view.shape, view.numel())
+        offset += view.numel()
+    canonical = adapter.canonical(numbered)
+    values = torch.empty(offset)
+    for part, numbers in canonical.items():
+        values[numbers.reshape(-1)] = _part(parts, part).reshape(-1)
+    for parameter, index, start, shape, count in flats.values():
+        parameter.data[index] = values[start : start + count].view(shape)
+
+
+def _part(parts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    stem = name.removesuffix("_bias")
+    suffix = name[len(stem) :]
+    joined = parts.get(f"gate_up{suffix}")
+    if joined is not None and stem in ("gate", "up"):
+        return joined.chunk(2)[0 if stem == "gate" else 1]
+    return parts[name]

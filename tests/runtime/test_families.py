@@ -1,0 +1,104 @@
+"""Every family, from its checkpoint through a pack and back into transformers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import moepack
+from tests import families
+from tests.packs import make_pack, with_weights_of_pack
+
+NEW_TOKENS = 8
+
+# Their routers are not modules that hand out indices, so nothing can be asked early.
+WITHOUT_PREFETCH = {"dbrx", "llama4_text"}
+
+
+@pytest.fixture(scope="module", params=sorted(families.FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A family's name, its checkpoint folder and its stock model."""
+    name: str = request.param
+    folder = tmp_path_factory.mktemp(name)
+    model = families.random_model(name)
+    families.save_checkpoint(model, folder / "source")
+    return name, folder, model
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(
+        ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+
+
+def load(pack: Path, **options: Any) -> PreTrainedModel:
+    from moepack_runtime.loading import load_pack
+
+    return load_pack(pack, **options)
+
+
+def test_sixteen_bits_equal_the_stock_model(family: Any) -> None:
+    _, folder, stock = family
+    make_pack(folder / "source", folder / "16", attn_bits=16, expert_bits=16)
+    model = load(folder / "16")
+    ids = families.tokens()
+    wanted = families.logits(stock, ids)
+    torch.testing.assert_close(families.logits(model, ids), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(greedy(model, ids), greedy(stock, ids))
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_packed_equals_stock_with_dequantized_weights(family: Any, bits: int) -> None:
+    _, folder, stock = family
+    make_pack(folder / "source", folder / str(bits), attn_bits=4, expert_bits=bits)
+    model = load(folder / str(bits))
+    assert any(kind for kind in model.moepack.pack.manifest.packed)
+    ids = families.tokens()
+    same = with_weights_of_pack(copy.deepcopy(stock), model)
+    wanted = families.logits(same, ids)
+    torch.testing.assert_close(families.logits(model, ids), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_cache_and_prefetch_change_no_token(family: Any) -> None:
+    _, folder, _ = family
+    pack = folder / "4-3"
+    manifest = make_pack(folder / "source", pack, attn_bits=4, expert_bits=3)
+    record = manifest.sizes.expert_nbytes // sum(entry.num_experts for entry in manifest.layers)
+    ids = families.tokens(batch=1)
+    wanted = greedy(load(pack, io="mmap"), ids)
+    for slots in (1, 3, 9, 10**6):
+        for prefetch in (False, True):
+            model = load(
+                pack, io="buffered", prefetch=prefetch, ram=smallest(pack) + (slots - 1) * record
+            )
+            assert torch.equal(greedy(model, ids), wanted), (slots, prefetch)
+
+
+def smallest(pack: Path) -> int:
+    """The smallest budget, as the refusal of a smaller one states it."""
+    with pytest.raises(moepack.MoepackError, match="give --ram") as refusal:
+        load(pack, io="buffered", ram=1)
+    return int(str(refusal.value).split("--ram ")[1].split()[0])
+
+
+def test_prefetch_guesses(family: Any) -> None:
+    """Routers are found where the family's router is a module of its own."""
+    name, folder, _ = family
+    pack = folder / "4-3"
+    if not pack.exists():
+        make_pack(folder / "source", pack, attn_bits=4, expert_bits=3)
+    model = load(pack, io="buffered")
+    greedy(model, families.tokens(batch=1))
+    missing = model.moepack.speculator.missing
+    assert missing is not None
+    if name in WITHOUT_PREFETCH:
+        assert missing == list(range(len(model.moepack.pack.layers)))
+        assert model.moepack.stats.recall is None
+    else:
+        assert missing == []
+        assert model.moepack.stats.recall is not None

@@ -23,7 +23,7 @@ from .schemes import TILE_ROWS, get_scheme
 from .tensor_file import TensorEntry, read_header
 from .tiles import Bytes
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes checked since the last call."""
 
 _CHUNK = 1 << 24

@@ -15,8 +15,8 @@ a shrinkage operator between the turns. What differs:
 - Scales and minima are rounded to what the file stores *before* the last turns, so that the rest
   is fitted to the values a reader will see.
 
-Shrinkage takes nothing from a residual up to ``beta ** (-1 / (2 - p))``, 0.17 at first, and
-language models have weights smaller than that. A turn is then a plain mean, as in the library.
+Shrinkage takes nothing from a residual up to ``beta ** (-1 / (2 - p))``, 0.17 at first, and those
+of language models are smaller than that. A turn is then a plain mean, as in the library.
 """
 
 from __future__ import annotations

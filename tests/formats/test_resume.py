@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from moepack_formats.errors import FormatError, ResourceError, UsageError
 from moepack_formats.journal import JOURNAL_NAME, FinishedFile, Journal
 from moepack_formats.layer import layer_writer
+from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.verify import verify_pack
+from moepack_formats.writer import TensorFileWriter
 from tests.formats.builders import build_pack, layer_plan, layer_records, write_layer, write_trunk
 from tests.formats.hostile import refused
 
@@ -260,6 +263,24 @@ def test_mistakes_of_the_caller(tmp_path: Path) -> None:
         writer.finish()
     writer.close()
     assert not (tmp_path / LAYER).exists()
+
+
+def test_a_header_that_grows_is_not_written_over_the_data(tmp_path: Path) -> None:
+    plan = [TensorPlan("a", "U8", (4,))]
+    lengths = iter([1, 5000])
+    writer = TensorFileWriter(
+        tmp_path,
+        "x.safetensors",
+        plan,
+        lambda _: {"k": "v" * next(lengths)},
+        Journal(tmp_path, "x"),
+    )
+    writer.resume()
+    writer.append(np.arange(4, dtype=np.uint8))
+    with pytest.raises(FormatError, match=r"x.safetensors: the header changed its length"):
+        writer.finish()
+    writer.close()
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @settings(deadline=None, max_examples=25)

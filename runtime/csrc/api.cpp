@@ -57,11 +57,11 @@ int64_t moepack_packed_nbytes(int32_t scheme, int64_t rows, int64_t cols) {
 
 uint64_t moepack_read(const uint8_t* data, int64_t nbytes, int32_t threads) {
   if (data == nullptr || nbytes < 0 || threads < 1) return 0;
+  constexpr int64_t each = 1 << 20;
   std::atomic<uint64_t> total{0};
-  parallel(threads, [&](const Team& team) {
-    int64_t pages = ceil_div(nbytes, 4096), from = team.begin(pages) * 4096;
-    int64_t to = team.end(pages) * 4096 < nbytes ? team.end(pages) * 4096 : nbytes;
-    total += kernels().read_sum(data + from, to - from);
+  for_chunks(threads, ceil_div(nbytes, each), [&](int64_t chunk) {
+    int64_t from = chunk * each, size = nbytes - from < each ? nbytes - from : each;
+    total += kernels().read_sum(data + from, size);
   });
   return total;
 }

@@ -38,44 +38,55 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
   }
 }
 
-void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
-  float v[kBlockCols];
-  if (count >= kBlockCols) {
-    memcpy(v, x, sizeof v);
-  } else {
-    for (int i = 0; i < kBlockCols; ++i) v[i] = i < count ? x[i] : 0.0f;
-  }
+// 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
+MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
-  for (int g = 0; g < 4; ++g)
+  for (int g = 0; g < 2; ++g)
     for (int i = 0; i < kLanes; ++i) {
       float a = fabsf(v[16 * g + i]);
       lane_max[i] = a > lane_max[i] ? a : lane_max[i];
       lane_poison[i] += v[16 * g + i] * 0.0f;
     }
-  float most = 0, poison = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    most = lane_max[i] > most ? lane_max[i] : most;
-    poison += lane_poison[i];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) {
+      lane_max[i] = lane_max[i + width] > lane_max[i] ? lane_max[i + width] : lane_max[i];
+      lane_poison[i] += lane_poison[i + width];
+    }
+  float most = lane_max[0], poison = lane_poison[0];
+  // A NaN or infinity makes the step NaN, and every output with it, as it would in a dot product.
+  if (poison != 0.0f) {
+    memset(q, 0, kStepCols);
+    sums[0] = sums[1] = 0;
+    return poison;
   }
   // 127 / absmax would overflow for denormals; they count as zero.
   float inverse = most > 1e-36f ? 127.0f / most : 0.0f;
-  // A NaN or infinity in x makes the whole block NaN, as it would make the dot product.
-  float step = most / 127.0f + poison;
-  if (poison != 0.0f) inverse = 0.0f;  // NaN compares unequal: codes stay in range
-  int32_t total = 0;
-  for (int g = 0; g < 4; ++g) {
+  for (int g = 0; g < 2; ++g) {
     int32_t sum = 0;
     for (int i = 0; i < kLanes; ++i) {
-      float scaled = poison != 0.0f ? 0.0f : v[16 * g + i] * inverse;
-      int32_t q = float_bits(scaled + kRound) - kRoundBits;
-      row.q[block * kBlockCols + 16 * g + i] = static_cast<int8_t>(q);
-      sum += q;
+      int32_t code = float_bits(v[16 * g + i] * inverse + kRound) - kRoundBits;
+      q[16 * g + i] = static_cast<int8_t>(code);
+      sum += code;
     }
-    row.qsum16[block * 4 + g] = sum;
-    total += sum;
+    sums[g] = sum;
   }
-  row.step[block] = step;
-  row.sum64[block] = step * static_cast<float>(total);
+  return most / 127.0f;
+}
+
+void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
+  float padded[kBlockCols];
+  if (count < kBlockCols) {
+    for (int i = 0; i < kBlockCols; ++i) padded[i] = i < count ? x[i] : 0.0f;
+    x = padded;
+  }
+  float sum = 0;
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t at = 2 * block + half;
+    int32_t* sums = row.qsum16 + 2 * at;
+    row.step[at] = quantize_step(x + half * kStepCols, row.q + at * kStepCols, sums);
+    sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
+  }
+  row.sum64[block] = sum;
 }
 
 // exp within 2 units in the last place (Cody & Waite reduction, minimax polynomial on +-ln(2)/2).
@@ -220,12 +231,13 @@ void to_bf16(const float* values, int64_t count, uint16_t* out) {
   }
 }
 
-// Reading only: eight sums so that additions never wait for each other.
+// Reading only, prefetched as the kernels do; many sums so that additions never wait for each other.
 uint64_t read_sum(const uint8_t* data, int64_t nbytes) {
   uint64_t sums[64] = {}, total = 0;
   int64_t i = 0;
   for (; i + 512 <= nbytes; i += 512) {
     uint64_t words[64];
+    for (int k = 0; k < 8; ++k) __builtin_prefetch(data + i + 64 * k + kPrefetch);
     memcpy(words, data + i, 512);
     for (int k = 0; k < 64; ++k) sums[k] += words[k];
   }

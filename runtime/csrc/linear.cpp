@@ -32,9 +32,11 @@ int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
   int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
   int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
   const TileFn* walk = kernels().tile[scheme][int8];
-  parallel(threads, [&](const Team& team) {
+  int64_t each = chunk_tiles(tile_nbytes, tiles, threads);
+  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
     alignas(64) float out[kMaxTokens * kTileRows];
-    for (int64_t tile = team.begin(tiles); tile < team.end(tiles); ++tile) {
+    int64_t end = (chunk + 1) * each < tiles ? (chunk + 1) * each : tiles;
+    for (int64_t tile = chunk * each; tile < end; ++tile) {
       const uint8_t* w = packed + tile * tile_nbytes;
       int64_t first = tile * kTileRows, count = rows - first < kTileRows ? rows - first : kTileRows;
       for (int64_t t = 0; t < tokens;) {
@@ -61,11 +63,13 @@ int32_t moepack_decode(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
     if (tile < 0 || (tile + 1) * tile_nbytes > nbytes) return MOEPACK_SHORT_BUFFER;
   }
   auto decode = kernels().decode_tile[scheme];
-  parallel(threads, [&](const Team& team) {
+  int64_t each = chunk_tiles(tile_nbytes, count, threads);
+  for_chunks(threads, ceil_div(count, each), [&](int64_t chunk) {
     static thread_local Scratch scratch;
     scratch.reset(kTileRows * cols * 4);
     float* values = scratch.take<float>(kTileRows * cols);
-    for (int64_t i = team.begin(count); i < team.end(count); ++i) {
+    int64_t end = (chunk + 1) * each < count ? (chunk + 1) * each : count;
+    for (int64_t i = chunk * each; i < end; ++i) {
       const uint8_t* w = packed + (tiles ? tiles[i] : i) * tile_nbytes;
       int64_t first = i * kTileRows, left = rows_out - first;
       int64_t rows = left < kTileRows ? left : kTileRows;

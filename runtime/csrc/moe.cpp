@@ -31,8 +31,8 @@ void add_bias(float* values, const uint8_t* bias, int64_t tile) {
   for (int r = 0; r < kTileRows; ++r) values[r] += b[r];
 }
 
-// 64 values of an expert's intermediate, as inputs of down. The block is as wide as an int8 step,
-// so the thread that computed it also quantizes it: one barrier less.
+// 64 values of an expert's intermediate, as inputs of down. The block is a multiple of an int8 step,
+// so the thread that computed it also quantizes it: one wait less.
 void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row& x, Row& h) {
   const moepack_layout& at = *layer.layouts[expert];
   const uint8_t* bias = layer.bias(expert, at.first_bias);
@@ -108,14 +108,20 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   fill_row(x, hidden, int8, floats, input);
   for (int64_t e = 0; e < count; ++e) h[e] = take_row(scratch, intermediate);
 
-  int64_t blocks = ceil_div(intermediate, kBlockCols), tiles = ceil_div(hidden, kTileRows);
-  parallel(threads, [&](const Team& team) {
-    for (int64_t u = team.begin(count * blocks); u < team.end(count * blocks); ++u)
-      intermediate_block(layer, u / blocks, u % blocks, input, h[u / blocks]);
-    team.barrier();
-    // Every output is summed by one thread in the order of the experts: the same bits for any
-    // number of threads. Experts are outermost so that each one's bytes are read front to back.
-    int64_t begin = team.begin(tiles), end = team.end(tiles);
+  // 64 outputs of gate and up are some 50-200 KB of a record, read front to back.
+  int64_t blocks = ceil_div(intermediate, kBlockCols);
+  for_chunks(threads, count * blocks, [&](int64_t chunk) {
+    int64_t e = chunk / blocks;
+    intermediate_block(layer, e, chunk % blocks, input, h[e]);
+  });
+  // Every output is summed by one thread in the order of the experts: the same bits for any number
+  // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
+  int64_t tiles = ceil_div(hidden, kTileRows), tile_nbytes = 0;
+  for (int64_t e = 0; e < count; ++e)
+    tile_nbytes += kFormats[layouts[e]->down_scheme].tile_nbytes(intermediate);
+  int64_t each = chunk_tiles(tile_nbytes, tiles, threads);
+  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
+    int64_t begin = chunk * each, end = begin + each < tiles ? begin + each : tiles;
     int64_t last = end * kTileRows < hidden ? end * kTileRows : hidden;
     if (!outputs)
       for (int64_t r = begin * kTileRows; r < last; ++r) y[r] = 0.0f;

@@ -38,10 +38,6 @@ MOEPACK_API const char* moepack_isa(void);
 MOEPACK_API int32_t moepack_set_isa(const char* name);
 MOEPACK_API int64_t moepack_packed_nbytes(int32_t scheme, int64_t rows, int64_t cols);
 
-/* Use the OpenMP runtime that is already in the process: addresses of GOMP_parallel, GOMP_barrier,
- * omp_get_thread_num and omp_get_num_threads. Without it, threads are the library's own. */
-MOEPACK_API void moepack_use_openmp(void* parallel, void* barrier, void* thread, void* threads);
-
 /* y[T, rows] = x[T, cols] W^T + bias; bias may be NULL. */
 MOEPACK_API int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes,
                                    int64_t rows, int64_t cols, const float* x, int64_t tokens,

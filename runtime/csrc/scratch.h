@@ -41,7 +41,8 @@ class Scratch {
 
 inline int64_t row_nbytes(int64_t cols) {
   int64_t padded = ceil_div(cols, kBlockCols) * kBlockCols, r = Scratch::rounded(padded);
-  return 4 * r + Scratch::rounded(padded / 4) * 2 + r + Scratch::rounded(padded / 16) * 2;
+  return 4 * r + Scratch::rounded(padded / 4) * 2 + r + Scratch::rounded(padded / 8) +
+         Scratch::rounded(padded / 16);
 }
 
 inline Row take_row(Scratch& scratch, int64_t cols) {
@@ -50,7 +51,7 @@ inline Row take_row(Scratch& scratch, int64_t cols) {
   row.x = scratch.take<float>(padded);
   row.sum16 = scratch.take<float>(padded / 16);
   row.q = scratch.take<int8_t>(padded);
-  row.step = scratch.take<float>(padded / kBlockCols);
+  row.step = scratch.take<float>(padded / kStepCols);
   row.sum64 = scratch.take<float>(padded / kBlockCols);
   row.qsum16 = scratch.take<int32_t>(padded / 16);
   return row;
@@ -62,6 +63,16 @@ inline void fill_row(const float* x, int64_t cols, bool int8, bool floats, Row& 
     if (int8) kernels().quantize_block(x + b * kBlockCols, cols - b * kBlockCols, row, b);
     if (floats) kernels().copy_block(x + b * kBlockCols, cols - b * kBlockCols, row, b);
   }
+}
+
+// Tiles of a chunk: enough bytes in a row for prefetching to pay, and some chunks for each thread, so
+// that one that loses its core for a moment does not hold up the others.
+inline int64_t chunk_tiles(int64_t tile_nbytes, int64_t tiles, int threads) {
+  constexpr int64_t wanted_nbytes = 384 << 10, wanted_chunks = 4;
+  int64_t by_bytes = ceil_div(wanted_nbytes, tile_nbytes);
+  int64_t by_count = ceil_div(tiles, wanted_chunks * threads);
+  int64_t each = by_bytes < by_count ? by_bytes : by_count;
+  return each < 1 ? 1 : each;
 }
 
 }  // namespace moepack

@@ -1,28 +1,20 @@
-// A team of threads that runs one function. See threads.cpp for whose threads they are.
+// Work cut into chunks that any thread may take. See threads.cpp for whose threads they are.
 #pragma once
 #include <cstdint>
 #include <type_traits>
 
 namespace moepack {
 
-struct Team {
-  int id, count;
-  void (*wait)(void*);
-  void* shared;
-  void barrier() const {
-    if (count > 1) wait(shared);
-  }
-  // This thread's share of n items: contiguous, so that each thread reads memory front to back.
-  int64_t begin(int64_t n) const { return n * id / count; }
-  int64_t end(int64_t n) const { return n * (id + 1) / count; }
-};
+void run_chunks(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data);
 
-void run_team(int threads, void (*body)(void*, const Team&), void* data);
-
-template <class F> void parallel(int threads, F&& body) {
+// Calls body(chunk) once for each chunk, on up to `threads` threads, this one among them; all are
+// done when it returns. Which thread takes which chunk differs from call to call, so a chunk's
+// result must not depend on it.
+template <class F> void for_chunks(int threads, int64_t chunks, F&& body) {
   using Body = std::remove_reference_t<F>;
-  run_team(
-      threads, [](void* data, const Team& team) { (*static_cast<Body*>(data))(team); }, &body);
+  run_chunks(
+      threads, chunks, [](void* data, int64_t chunk) { (*static_cast<Body*>(data))(chunk); },
+      &body);
 }
 
 }  // namespace moepack

@@ -16,9 +16,10 @@
 namespace moepack {
 namespace {
 
-// Records are read once, front to back; this many bytes ahead the hardware prefetcher is helped
-// over the page ends where it stops.
-constexpr int kPrefetch = 2048;
+// Records are read once, front to back. Hardware prefetchers stop at page ends, so lines are asked
+// for this many bytes ahead; measured on 2.625 bits, 1024 / 2048 / 4096 / 6144 / 12288 bytes gave
+// 31 / 34 / 37 / 41 / 41 GB/s.
+constexpr int kPrefetch = 6144;
 
 // Calls f(quad, codes) for the quads (4 inputs each) of COLS inputs, 16 or 32.
 template <class V, int BITS, int COLS, class F>
@@ -83,7 +84,6 @@ template <class V> struct Int8Dot {
     }
   }
   static MOEPACK_INLINE Total zero() { return V::zero_ints(); }
-  static MOEPACK_INLINE Total plus(Total a, Total b) { return V::add_ints(a, b); }
   // Totals of a group of codes below 8 fit in 16 bits, and so do scales, minima and group sums.
   static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
     return V::mul_add_16(sum, scale, dot);
@@ -94,8 +94,9 @@ template <class V> struct Int8Dot {
     if (group == 32) total += row.qsum16[col / 16 + 1];
     return V::mul_add_16(sum, minimum, V::set_low16(total));
   }
-  static MOEPACK_INLINE typename V::Floats scaled(Total t, const Row& row, int64_t block) {
-    return V::mul(V::to_floats(t), V::set(row.step[block]));
+  static MOEPACK_INLINE typename V::Floats add(typename V::Floats sum, Total t, const Row& row,
+                                               int64_t col) {
+    return V::fma(V::to_floats(t), V::set(row.step[col / kStepCols]), sum);
   }
   static MOEPACK_INLINE float block_sum(const Row& row, int64_t block) { return row.sum64[block]; }
 };
@@ -121,7 +122,6 @@ template <class V> struct FloatDot {
       out[n] = V::add(V::add(part[n][0], part[n][1]), V::add(part[n][2], part[n][3]));
   }
   static MOEPACK_INLINE Total zero() { return V::zero(); }
-  static MOEPACK_INLINE Total plus(Total a, Total b) { return V::add(a, b); }
   static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
     return V::fma(V::to_floats(scale), dot, sum);
   }
@@ -131,7 +131,9 @@ template <class V> struct FloatDot {
     if (group == 32) total += row.sum16[col / 16 + 1];
     return V::fma(V::to_floats(minimum), V::set(total), sum);
   }
-  static MOEPACK_INLINE typename V::Floats scaled(Total t, const Row&, int64_t) { return t; }
+  static MOEPACK_INLINE Total add(Total sum, Total t, const Row&, int64_t) {
+    return V::add(sum, t);
+  }
   static MOEPACK_INLINE float block_sum(const Row& row, int64_t block) {
     const float* s = row.sum16 + 4 * block;
     return (s[0] + s[1]) + (s[2] + s[3]);
@@ -155,7 +157,8 @@ void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       D::template dot<F.bits, 32, N>(w, rows, b * 64, left);
       D::template dot<F.bits, 32, N>(w + half, rows, b * 64 + 32, right);
       for (int n = 0; n < N; ++n) {
-        sum[n] = V::add(sum[n], D::scaled(D::plus(left[n], right[n]), rows[n], b));
+        sum[n] = D::add(sum[n], left[n], rows[n], b * 64);
+        sum[n] = D::add(sum[n], right[n], rows[n], b * 64 + 32);
         xsum[n] += D::block_sum(rows[n], b);
       }
     }
@@ -187,7 +190,7 @@ MOEPACK_INLINE void load_small(const uint8_t* w, typename V::Ints& scale,
 template <class V, Scheme S, class D, int N>
 void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
-  constexpr int groups = kBlockCols / F.group, stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
+  constexpr int groups = kStepCols / F.group, stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
   constexpr int run = F.group * F.bits * 2;  // bytes of a group's codes
   constexpr bool by_row = F.scale_bits == 8;
   typename V::Floats acc[N], low[N];
@@ -207,25 +210,27 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
     for (int64_t b = first; b < end; ++b) {
       const uint8_t* metadata = w + F.code_nbytes();
-      typename D::Total high[N], base[N];
-      for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
-      for (int g = 0; g < groups; ++g) {
-        int64_t col = b * 64 + g * F.group;
-        typename V::Ints scale, minimum;
-        load_small<V, F.scale_bits>(metadata + g * stored, scale, minimum);
-        typename D::Total dot[N];
-        D::template dot<F.bits, F.group, N>(w + g * run, rows, col, dot);
+      V::prefetch(metadata + kPrefetch);
+      for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
+        typename D::Total high[N], base[N];
+        for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
+        for (int g = 0; g < groups; ++g, w += run, metadata += stored) {
+          int64_t col = half + g * F.group;
+          typename V::Ints scale, minimum;
+          load_small<V, F.scale_bits>(metadata, scale, minimum);
+          typename D::Total dot[N];
+          D::template dot<F.bits, F.group, N>(w, rows, col, dot);
+          for (int n = 0; n < N; ++n) {
+            high[n] = D::weigh(high[n], scale, dot[n]);
+            base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+          }
+        }
         for (int n = 0; n < N; ++n) {
-          high[n] = D::weigh(high[n], scale, dot[n]);
-          base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+          sum[n] = D::add(sum[n], high[n], rows[n], half);
+          sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
         }
       }
-      V::prefetch(metadata + kPrefetch);
-      w = metadata + groups * stored;
-      for (int n = 0; n < N; ++n) {
-        sum[n] = V::add(sum[n], D::scaled(high[n], rows[n], b));
-        sum_low[n] = V::add(sum_low[n], D::scaled(base[n], rows[n], b));
-      }
+      w = metadata;
     }
     for (int n = 0; n < N; ++n) {
       acc[n] = V::fma(sum[n], outer, acc[n]);

@@ -55,7 +55,6 @@ _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "moepack_isa": (ctypes.c_char_p, []),
     "moepack_set_isa": (_INT, [ctypes.c_char_p]),
-    "moepack_use_openmp": (None, [_POINTER] * 4),
     "moepack_linear": (
         _INT,
         [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
@@ -92,27 +91,10 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library cannot be loaded: {error}"
     if abi != ABI:
         return f"the native library is of another version (wanted ABI {ABI}, got {abi})"
-    _share_openmp(library)
     isa = os.environ.get("MOEPACK_ISA")
     if isa:
         _set_isa(library, isa)
     return library
-
-
-def _share_openmp(library: ctypes.CDLL) -> None:
-    """Give the library the threads that torch computes with; see csrc/threads.cpp."""
-    try:
-        with open("/proc/self/maps") as maps:
-            loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
-    except OSError:
-        return
-    # With two runtimes in the process only the one that torch brought is torch's.
-    loaded = {path for path in loaded if "torch" in path} or loaded
-    if len(loaded) != 1:
-        return
-    openmp = ctypes.CDLL(loaded.pop())
-    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-    library.moepack_use_openmp(*(ctypes.cast(getattr(openmp, n), _POINTER) for n in names))
 
 
 def _set_isa(library: ctypes.CDLL, isa: str) -> None:

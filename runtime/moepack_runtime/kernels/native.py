@@ -65,8 +65,7 @@ _SIGNATURES = {
     ),
     "moepack_experts": (
         _INT,
-        [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]
-        + [_POINTER, _POINTER, _POINTER, _INT, _INT],
+        [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT],
     ),
     "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _POINTER]),
     "moepack_read": (ctypes.c_uint64, [_POINTER, _LONG, _INT]),
@@ -368,7 +367,9 @@ def _check_bytes(packed: Tensor, wanted: int, where: str) -> None:
     if not packed.is_contiguous():
         raise ValueError("packed bytes must be contiguous")
     if packed.numel() < wanted:
-        raise FormatError("packed bytes are too short", where=where, wanted=wanted, got=packed.numel())
+        raise FormatError(
+            "packed bytes are too short", where=where, wanted=wanted, got=packed.numel()
+        )
 
 
 def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -222,11 +222,12 @@ def decode(
     count = -(-rows // TILE_ROWS) if tiles is None else len(tiles)
     if rows > count * TILE_ROWS:
         raise ValueError(f"{rows} rows are more than {count} tiles hold")
-    if count:
-        bounds = (0, count - 1) if tiles is None else (int(tiles.min()), int(tiles.max()))
-        if bounds[0] < 0:
-            raise ValueError(f"negative tile index {bounds[0]}")
-        _check_bytes(packed, (bounds[1] + 1) * scheme.tile_nbytes(cols), scheme.name)
+    if rows == 0:
+        return torch.empty(0, cols, dtype=dtype)
+    first, last = (0, count - 1) if tiles is None else (int(tiles.min()), int(tiles.max()))
+    if first < 0:
+        raise ValueError(f"negative tile index {first}")
+    _check_bytes(packed, (last + 1) * scheme.tile_nbytes(cols), scheme.name)
     exact = dtype in (torch.float32, torch.bfloat16)
     out = torch.empty(rows, cols, dtype=dtype if exact else torch.float32)
     _check(

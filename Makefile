@@ -21,7 +21,7 @@ LAYERS ?= 2
 TESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench bench-convert docs-cli clean
+.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert docs-cli clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,36 @@ $(STAMP): pyproject.toml constraints.txt
 	@DISABLE_CUDA=1 $(PY) -m pip install --disable-pip-version-check -c constraints.txt \
 		-e '.[dev]' >build/setup.log 2>&1 || \
 		{ tail -n 40 build/setup.log >&2; echo "setup failed: see build/setup.log" >&2; exit 1; }
+	@$(MAKE) --no-print-directory native
 	@touch $@
+
+native:  ## build the native kernels into the source tree (MOEPACK_REQUIRE_NATIVE=1: or fail)
+	@mkdir -p build
+	@{ cmake -S . -B build/native && cmake --build build/native --parallel; } \
+		>build/native.log 2>&1 || { tail -n 20 build/native.log >&2; \
+		echo "no native kernels: see build/native.log; packs will run on torch, slowly" >&2; \
+		test -z "$(MOEPACK_REQUIRE_NATIVE)"; }
+
+test-native: $(STAMP)  ## run the kernels' tests under the address and undefined behaviour sanitizers
+	@mkdir -p build
+	@{ cmake -S . -B build/sanitized -DMOEPACK_SANITIZE=ON && \
+		cmake --build build/sanitized --parallel --target all isa_parity; } \
+		>build/sanitized.log 2>&1 || \
+		{ tail -n 40 build/sanitized.log >&2; exit 1; }
+	@build/sanitized/isa_parity
+# Python's own allocations at exit are not what is tested, hence no leak detection.
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		MOEPACK_NATIVE_LIBRARY=$(CURDIR)/build/sanitized/runtime/csrc/libmoepack_native.so \
+		$(PY) -m pytest -q -p no:cacheprovider tests/runtime/kernels $(TESTFLAGS)
+
+test-neon:  ## run the Arm kernels in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
+	@mkdir -p build
+	@{ cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
+		cmake --build build/neon --parallel --target isa_parity; } >build/neon.log 2>&1 || \
+		{ tail -n 40 build/neon.log >&2; exit 1; }
+	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/isa_parity
 
 demo: $(STAMP)  ## convert the small model in tests/assets and stream text from the pack
 	@$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force

@@ -13,9 +13,6 @@ from moepack_runtime.options import format_size
 
 from .common import common_options, print_json, set_up
 
-ENGINE = "reference (torch)"
-"""What computes with packed weights in this version."""
-
 
 @click.command("inspect")
 @click.argument("pack", required=False, type=click.Path(path_type=Path))
@@ -33,7 +30,10 @@ def command(
     """Show what PACK, a pack's folder, holds. Only its manifest and headers are read."""
     set_up(verbose)
     if engine:
-        print_json({"engine": ENGINE}) if as_json else click.echo(ENGINE)
+        from moepack_runtime.kernels import select  # brings torch, which nothing else here needs
+
+        name = select().name
+        print_json({"engine": name}) if as_json else click.echo(name)
         return
     if pack is None:
         raise UsageError("name a pack, or give --engine")

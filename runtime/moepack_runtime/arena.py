@@ -37,6 +37,10 @@ class Arena:
         try:
             # Anonymous mappings start at a page, as direct reads need.
             self._memory = mmap.mmap(-1, max(slots * slot_nbytes, 1))
+            # A token reads megabytes from slots all over: with pages of 4 KiB, the lookups of
+            # their addresses cost a tenth of the bandwidth.
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             raise ResourceError(
                 f"cannot take {format_size(slots * slot_nbytes)} for expert slots: {error}",

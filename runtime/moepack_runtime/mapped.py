@@ -48,6 +48,10 @@ class MappedRecords:
                 self._stats.bytes_read += at.spec.nbytes
             yield expert, record
 
+    def fetch_ready(self, layer: int, experts: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """All at once; see :class:`Residency`."""
+        yield dict(self.fetch(layer, experts))
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:

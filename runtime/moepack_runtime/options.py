@@ -12,6 +12,8 @@ from typing import Any
 from moepack_formats.errors import UsageError
 
 IO_MODES = ("auto", "buffered", "mmap")
+ENGINES = ("auto", "native", "reference")
+ACTIVATIONS = ("int8", "float")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -29,6 +31,10 @@ class RuntimeOptions:
         prefetch: Whether the next layer's experts are guessed and read early.
         policy: Which cached expert gives way: a file in ``policies``.
         io_threads: Threads that read.
+        engine: What computes with packed weights: ``native``, ``reference``, or ``auto`` for
+            native where it was built.
+        activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
+            bits; see :func:`moepack_runtime.kernels.select`.
     """
 
     ram: int | None = None
@@ -36,12 +42,20 @@ class RuntimeOptions:
     prefetch: bool = True
     policy: str = "lru"
     io_threads: int = 2
+    engine: str = "auto"
+    activations: str = "int8"
 
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:
             raise UsageError("unknown I/O mode", wanted=" or ".join(IO_MODES), got=self.io)
         if self.io_threads < 1:
             raise UsageError("too few I/O threads", wanted="1 or more", got=self.io_threads)
+        for name, value, known in (
+            ("engine", self.engine, ENGINES),
+            ("activations", self.activations, ACTIVATIONS),
+        ):
+            if value not in known:
+                raise UsageError(f"unknown {name}", wanted=" or ".join(known), got=value)
 
 
 _DEFAULT = RuntimeOptions()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepack_formats.errors import FormatError
 from moepack_formats.manifest import PackedEntry
 from moepack_formats.schemes import TILE_ROWS, get_scheme
 
-from .kernels import reference
+from .kernels import Engine
 
 
 class PackedLinear(nn.Module):
@@ -25,8 +24,9 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, entry: PackedEntry, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, entry: PackedEntry, bias: bool, dtype: torch.dtype, engine: Engine) -> None:
         super().__init__()
+        self._engine = engine
         self.out_features, self.in_features = entry.shape
         self.scheme = get_scheme(entry.scheme)
         nbytes = self.scheme.packed_nbytes(*entry.shape)
@@ -36,12 +36,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        return F.linear(x, self.dequantized(x.dtype), self.bias)
+        shape = self.out_features, self.in_features
+        return self._engine.linear(x, self.packed, self.scheme, shape, self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight ``[out_features, in_features]`` that the codes stand for."""
         shape = self.out_features, self.in_features
-        return reference.decode_matrix(self.packed, self.scheme, shape, dtype)
+        return self._engine.decode(self.packed, self.scheme, shape, dtype)
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -57,8 +58,11 @@ class PackedEmbedding(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, entry: PackedEntry, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+    def __init__(
+        self, entry: PackedEntry, embedding: nn.Embedding, dtype: torch.dtype, engine: Engine
+    ) -> None:
         super().__init__()
+        self.engine = engine
         self.num_embeddings, self.embedding_dim = entry.shape
         self.padding_idx = embedding.padding_idx
         self.scheme, self.dtype = get_scheme(entry.scheme), dtype
@@ -67,9 +71,9 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
-        tiles = self.packed.view(-(-self.num_embeddings // TILE_ROWS), -1)
+        shape = self.num_embeddings, self.embedding_dim
         wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
-        rows = reference.decode_tiles(tiles[wanted], self.scheme, self.embedding_dim, self.dtype)
+        rows = self.engine.decode(self.packed, self.scheme, shape, self.dtype, wanted)
         return rows[place * TILE_ROWS + ids % TILE_ROWS]
 
     def extra_repr(self) -> str:
@@ -89,17 +93,19 @@ class TiedHead(nn.Module):
         """``[..., embedding_dim]`` to logits ``[..., num_embeddings]``."""
         source = self._embedding[0]
         shape = source.num_embeddings, source.embedding_dim
-        weight = reference.decode_matrix(source.packed, source.scheme, shape, x.dtype)
-        return F.linear(x, weight, self.bias)
+        return source.engine.linear(x, source.packed, source.scheme, shape, self.bias)
 
 
-def swap_modules(model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.dtype) -> None:
+def swap_modules(
+    model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.dtype, engine: Engine
+) -> None:
     """Put packed modules where ``packed`` names them.
 
     Args:
         model: The model on the meta device.
         packed: Entries by dotted module name.
         dtype: Of biases and embeddings.
+        engine: What they compute with.
 
     Raises:
         FormatError: The model has no such module, or one of another kind or shape.
@@ -112,9 +118,9 @@ def swap_modules(model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.
         if entry.tied_to is not None:
             continue
         if entry.kind == "embedding":
-            new = PackedEmbedding(entry, old, dtype)
+            new = PackedEmbedding(entry, old, dtype, engine)
         else:
-            new = PackedLinear(entry, getattr(old, "bias", None) is not None, dtype)
+            new = PackedLinear(entry, getattr(old, "bias", None) is not None, dtype, engine)
         setattr(parent, leaf, new)
     for name, entry in packed.items():
         if entry.tied_to is not None:

@@ -24,6 +24,7 @@ from moepack_formats.pack import Pack
 
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
+from .kernels import select
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
@@ -44,6 +45,7 @@ class PackRuntime:
         stats: Counters.
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
+        engine: Computes with packed weights.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class PackRuntime:
         _check_layers(model, pack, adapters)
         for adapter in adapters:
             adapter.strip()
-        swap_modules(model, pack.manifest.packed, dtype)
+        self.engine = select(options.engine, options.activations)
+        swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats
@@ -69,7 +72,13 @@ class PackRuntime:
         )
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
-                layer, adapter, pack.layers[layer], self.residency, self.speculator, self.stats
+                layer,
+                adapter,
+                pack.layers[layer],
+                self.residency,
+                self.speculator,
+                self.stats,
+                self.engine,
             )
             adapter.install(compute)
 

@@ -26,6 +26,12 @@ class Residency(Protocol):
         A record is valid until the next one is asked for.
         """
 
+    def fetch_ready(self, layer: int, experts: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Yield records by expert, at each turn all that are ready, until each had its turn.
+
+        The records of a turn are valid together, until the next turn is asked for.
+        """
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 

@@ -113,6 +113,17 @@ class SlotCache:
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
+        for records in self._turns(layer, experts, together=False):
+            yield from records.items()
+
+    def fetch_ready(self, layer: int, experts: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """See :class:`Residency`."""
+        return self._turns(layer, experts, together=True)
+
+    def _turns(
+        self, layer: int, experts: Sequence[int], *, together: bool
+    ) -> Iterator[dict[int, Tensor]]:
+        """Yield one ready record at a time, or all that are ready; both stay pinned meanwhile."""
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         self._forget_failures(keys)
@@ -130,17 +141,18 @@ class SlotCache:
                         "every slot is in use by another pass over the model",
                         remedy="end that pass first or raise --ram",
                     )
-                entry = self._next_ready(pending)
-                pending.remove(entry)
+                turn = [self._next_ready(pending)]
+                pending.remove(turn[0])
+                if together:
+                    turn += [entry for entry in pending if entry.reading.done()]
+                    pending = [entry for entry in pending if entry not in turn]
                 try:
-                    entry.reading.result()
-                    size = self._class_of(entry.key)
-                    at = self._at(entry.key)
-                    yield entry.key[1], size.arena.tensor(entry.slot)[: at.spec.nbytes]
+                    yield {entry.key[1]: self._record(entry) for entry in turn}
                 finally:
-                    entry.pins -= 1
-                    if entry.reading.exception() is not None:
-                        self._release(entry)
+                    for entry in turn:
+                        entry.pins -= 1
+                        if entry.reading.exception() is not None:
+                            self._release(entry)
         finally:
             for entry in pending:
                 entry.pins -= 1
@@ -160,6 +172,12 @@ class SlotCache:
 
     def _at(self, key: Key) -> RecordLocation:
         return self._pack.layers[key[0]][key[1]]
+
+    def _record(self, entry: _Entry) -> Tensor:
+        """The bytes of a record that was read; raises what reading it raised."""
+        entry.reading.result()
+        arena = self._class_of(entry.key).arena
+        return arena.tensor(entry.slot)[: self._at(entry.key).spec.nbytes]
 
     def _class_of(self, key: Key) -> _SizeClass:
         return self._classes[self._at(key).spec.nbytes]

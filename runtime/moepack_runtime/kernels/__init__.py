@@ -1,1 +1,124 @@
-"""Computing with packed weights. ``reference`` is plain torch and right on every device."""
+"""Computing with packed weights.
+
+An engine multiplies with packed matrices and runs experts. ``reference`` is plain torch and defines
+the results; ``native`` is the library in ``csrc``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moepack_formats.errors import UsageError
+from moepack_formats.record import RecordSpec
+from moepack_formats.schemes import Scheme
+
+from ..experts import ExpertsAdapter
+from ..options import ENGINES
+
+_log = logging.getLogger(__name__)
+
+
+class OneToken(Protocol):
+    """The experts of one MoE layer at one token, in one call."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        weights: Tensor,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` [H] and ``weights`` [K] float32 to the sum [H] in the order of ``records``.
+
+        With ``outputs`` [K, H] the weighted outputs are left there instead; ``total`` of them is
+        the same sum, to the bit.
+        """
+
+    def total(self, outputs: Tensor) -> Tensor:
+        """``[K, H]`` to ``[H]``."""
+
+
+class Engine(Protocol):
+    """What computes with packed weights. R rows (outputs), C cols (inputs) of a matrix."""
+
+    @property
+    def name(self) -> str:
+        """For a person: engine, instruction set, activations."""
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """``x`` [..., C] times a packed [R, C] to [..., R] in the dtype of ``x``."""
+
+    def decode(
+        self,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        """Dense ``[R, C]``, or the rows ``[16 * len(tiles), C]`` of some tiles."""
+
+    def expert(
+        self, record: Tensor, spec: RecordSpec, adapter: ExpertsAdapter, x: Tensor
+    ) -> Tensor:
+        """One expert on its tokens, ``[N, H]`` to ``[N, H]``, without the router's weight."""
+
+    def one_token(self, adapter: ExpertsAdapter) -> OneToken | None:
+        """A layer in one call, where this engine has one for the module's activation."""
+
+
+def select(engine: str = "auto", activations: str = "int8") -> Engine:
+    """Choose what computes.
+
+    Args:
+        engine: ``native``, ``reference``, or ``auto`` for native where it was built. The
+            environment variable ``MOEPACK_ENGINE`` says what ``auto`` stands for.
+        activations: ``int8`` rounds the inputs of quantized matrices, at a few tokens, to 8 bits
+            (0.5-1% of relative error, several times faster); ``float`` does not.
+
+    Raises:
+        UsageError: No such engine, or the native library was asked for and is not there.
+    """
+    from . import native
+    from .native_engine import NativeEngine
+    from .reference import ReferenceEngine
+
+    if engine == "auto":
+        engine = os.environ.get("MOEPACK_ENGINE") or "auto"
+    if engine not in ENGINES:
+        raise UsageError("unknown engine", wanted=" or ".join(ENGINES), got=engine)
+    chosen: Engine
+    if engine == "reference" or (engine == "auto" and native.available() is None):
+        chosen = ReferenceEngine()
+        if engine == "auto":
+            _warn_once(native.why_not())
+    elif native.available() is None:
+        raise UsageError(native.why_not(), remedy="install again with a C++17 compiler")
+    else:
+        chosen = NativeEngine(int8=activations == "int8")
+    _log.info("packed weights are computed with by: %s", chosen.name)
+    return chosen
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _log.warning(
+        "%s; packed weights are computed with by torch, many times slower "
+        "(--engine reference if that is meant)",
+        reason,
+    )

@@ -194,3 +194,43 @@ def expert_forward(record: Tensor, spec: RecordSpec, adapter: ExpertsAdapter, x:
     assert down is not None
     hidden = adapter.activate(F.linear(x, weight, part(f"{first}_bias")))
     return adapter.finish(F.linear(hidden, down, part("down_bias")))
+
+
+class ReferenceEngine:
+    """Plain torch, see :class:`moepack_runtime.kernels.Engine`."""
+
+    name = "reference (torch)"
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        return F.linear(x, decode_matrix(packed, scheme, shape, x.dtype), bias)
+
+    def decode(
+        self,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        if tiles is None:
+            return decode_matrix(packed, scheme, shape, dtype)
+        stored = packed.view(-(-shape[0] // TILE_ROWS), -1)
+        return decode_tiles(stored[tiles], scheme, shape[1], dtype)
+
+    def expert(
+        self, record: Tensor, spec: RecordSpec, adapter: ExpertsAdapter, x: Tensor
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        return expert_forward(record, spec, adapter, x)
+
+    def one_token(self, adapter: ExpertsAdapter) -> None:
+        """No fused call."""

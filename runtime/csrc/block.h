@@ -1,0 +1,285 @@
+// What is plain C++ but must be compiled for each instruction set: quantizing activations, the
+// activation functions, dense decoding. Loops run over 16 lanes, so that compilers vectorize them
+// without being allowed to reorder sums; results are the same bits on every instruction set.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "tile.h"
+
+namespace moepack {
+namespace {
+
+constexpr int kLanes = 16;
+
+// Adding 1.5 * 2^23 leaves the nearest integer in the low bits; ties go to even.
+constexpr float kRound = 12582912.0f;
+constexpr int32_t kRoundBits = 0x4B400000;
+
+MOEPACK_INLINE int32_t float_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+MOEPACK_INLINE float bits_float(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
+  float* out = row.x + block * kBlockCols;
+  for (int i = 0; i < kBlockCols; ++i) out[i] = i < count ? x[i] : 0.0f;
+  for (int g = 0; g < 4; ++g) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += out[16 * g + i];
+    row.sum16[block * 4 + g] = sum;
+  }
+}
+
+// 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
+MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
+  float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
+  for (int g = 0; g < 2; ++g)
+    for (int i = 0; i < kLanes; ++i) {
+      float a = fabsf(v[16 * g + i]);
+      lane_max[i] = a > lane_max[i] ? a : lane_max[i];
+      lane_poison[i] += v[16 * g + i] * 0.0f;
+    }
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) {
+      lane_max[i] = lane_max[i + width] > lane_max[i] ? lane_max[i + width] : lane_max[i];
+      lane_poison[i] += lane_poison[i + width];
+    }
+  float most = lane_max[0], poison = lane_poison[0];
+  // A NaN or infinity makes the step NaN, and every output with it, as it would in a dot product.
+  if (poison != 0.0f) {
+    memset(q, 0, kStepCols);
+    sums[0] = sums[1] = 0;
+    return poison;
+  }
+  // 127 / absmax would overflow for denormals; they count as zero.
+  float inverse = most > 1e-36f ? 127.0f / most : 0.0f;
+  for (int g = 0; g < 2; ++g) {
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) {
+      int32_t code = float_bits(v[16 * g + i] * inverse + kRound) - kRoundBits;
+      q[16 * g + i] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    sums[g] = sum;
+  }
+  return most / 127.0f;
+}
+
+void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
+  float padded[kBlockCols];
+  if (count < kBlockCols) {
+    for (int i = 0; i < kBlockCols; ++i) padded[i] = i < count ? x[i] : 0.0f;
+    x = padded;
+  }
+  float sum = 0;
+  for (int64_t half = 0; half < 2; ++half) {
+    int64_t at = 2 * block + half;
+    int32_t* sums = row.qsum16 + 2 * at;
+    row.step[at] = quantize_step(x + half * kStepCols, row.q + at * kStepCols, sums);
+    sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
+  }
+  row.sum64[block] = sum;
+}
+
+// exp within 2 units in the last place (Cody & Waite reduction, minimax polynomial on +-ln(2)/2).
+MOEPACK_INLINE float exp_lane(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  float rounded = x * 1.44269504f + kRound;
+  int32_t n = float_bits(rounded) - kRoundBits;
+  float k = rounded - kRound;
+  float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // Unsigned, as NaN leaves garbage in n; p is NaN then and stays so.
+  return p * bits_float(static_cast<int32_t>((static_cast<uint32_t>(n) + 127u) << 23));
+}
+
+MOEPACK_INLINE float tanh_lane(float x) { return 1.0f - 2.0f / (exp_lane(2.0f * x) + 1.0f); }
+
+void activate(const moepack_activation& how, const float* gate, const float* up, float* h) {
+  float z[kLanes], f[kLanes];
+  for (int i = 0; i < kLanes; ++i) z[i] = gate[i] > how.limit ? how.limit : gate[i];
+  switch (how.kind) {
+    case MOEPACK_SILU:
+      for (int i = 0; i < kLanes; ++i) f[i] = z[i] / (1.0f + exp_lane(-how.alpha * z[i]));
+      break;
+    case MOEPACK_GELU:
+      for (int i = 0; i < kLanes; ++i) f[i] = 0.5f * z[i] * (1.0f + erff(z[i] * 0.707106781f));
+      break;
+    case MOEPACK_GELU_TANH:
+      for (int i = 0; i < kLanes; ++i) {
+        float inner = 0.797884561f * (z[i] + 0.044715f * z[i] * z[i] * z[i]);
+        f[i] = 0.5f * z[i] * (1.0f + tanh_lane(inner));
+      }
+      break;
+    default:  // relu and its square
+      for (int i = 0; i < kLanes; ++i) {
+        f[i] = z[i] < 0.0f ? 0.0f : z[i];
+        if (how.kind == MOEPACK_RELU2) f[i] *= f[i];
+      }
+  }
+  if (up == nullptr) {
+    memcpy(h, f, sizeof f);
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    float u = up[i] > how.limit ? how.limit : up[i];
+    u = u < -how.limit ? -how.limit : u;
+    h[i] = f[i] * (u + how.up_offset);
+  }
+}
+
+// One block's codes in the order of its rows.
+template <class V, int BITS> void unpack_block(const uint8_t* w, uint8_t codes[16][64]) {
+  alignas(64) uint8_t quads[16][64];
+  for (int half = 0; half < 2; ++half)
+    each_quad<V, BITS, 32>(w + half * 64 * BITS, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      V::store_codes(quads[half * 8 + quad], c);
+    });
+  for (int r = 0; r < kTileRows; ++r)
+    for (int q = 0; q < 16; ++q) memcpy(codes[r] + 4 * q, quads[q] + 4 * r, 4);
+}
+
+template <class V> void load_halves(const uint8_t* w, float* out) { V::store(out, V::load_f16(w)); }
+
+template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, float* out,
+                                              int64_t stride) {
+  constexpr Format F = kFormats[S];
+  constexpr int groups = F.group >= kBlockCols ? 1 : kBlockCols / F.group;
+  constexpr int width = kBlockCols / groups;  // inputs of a block under one scale
+  constexpr int stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
+  float outer[2][16] = {}, scale[groups][16], low[groups][16];
+  if constexpr (F.scale_bits == 8) {
+    memcpy(outer, w, sizeof outer);
+    w += sizeof outer;
+  }
+  int64_t blocks = ceil_div(cols, kBlockCols), each = F.span / kBlockCols;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* codes_at = w;
+    int64_t place = b % each, count = blocks - (b - place) < each ? blocks - (b - place) : each;
+    if constexpr (F.scale_bits == 16) {
+      const uint8_t* metadata = w + (count - place) * F.code_nbytes();
+      load_halves<V>(metadata, scale[0]), load_halves<V>(metadata + 32, low[0]);
+      w += F.code_nbytes();
+      if (place + 1 == count) w += 64;
+    } else {
+      if (F.scale_bits == 4 && place == 0) {
+        load_halves<V>(w, outer[0]), load_halves<V>(w + 32, outer[1]);
+        codes_at = w += 64;
+      }
+      const uint8_t* metadata = w + F.code_nbytes();
+      for (int g = 0; g < groups; ++g)
+        for (int r = 0; r < kTileRows; ++r) {
+          const uint8_t* m = metadata + g * stored + r;
+          float s = F.scale_bits == 8 ? m[0] : m[0] & 15;
+          float l = F.scale_bits == 8 ? static_cast<int8_t>(m[kTileRows]) : m[0] >> 4;
+          scale[g][r] = s * outer[0][r], low[g][r] = l * outer[1][r];
+        }
+      w = metadata + groups * stored;
+    }
+    uint8_t codes[16][64];
+    unpack_block<V, F.bits>(codes_at, codes);
+    int64_t left = cols - b * kBlockCols;
+    for (int r = 0; r < kTileRows; ++r) {
+      float buffer[kBlockCols], *to = left < kBlockCols ? buffer : out + r * stride + b * kBlockCols;
+      for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < width; ++i)  // two roundings: the file is compiled without contraction
+          to[g * width + i] = codes[r][g * width + i] * scale[g][r] - low[g][r];
+      if (left < kBlockCols) memcpy(out + r * stride + b * kBlockCols, buffer, 4 * left);
+    }
+  }
+}
+
+template <class V, Scheme S> void decode_raw_tile(const uint8_t* w, int64_t cols, float* out,
+                                                  int64_t stride) {
+  constexpr int per_vector = S == F32 ? 1 : 2;
+  for (int64_t col = 0; col < cols; col += per_vector, w += 64) {
+    typename V::Codes c = V::load(w);
+    float values[2][16];
+    if constexpr (S == F32) {
+      V::store(values[0], V::f32(c));
+    } else {
+      typename V::Floats even, odd;
+      if constexpr (S == BF16) V::bf16_pair(c, even, odd);
+      else V::f16_pair(c, even, odd);
+      V::store(values[0], even), V::store(values[1], odd);
+    }
+    for (int j = 0; j < per_vector && col + j < cols; ++j)
+      for (int r = 0; r < kTileRows; ++r) out[r * stride + col + j] = values[j][r];
+  }
+}
+
+void to_bf16(const float* values, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, values + i, 4);
+    out[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+// Reading only, prefetched as the kernels do; many sums so that additions never wait for each other.
+uint64_t read_sum(const uint8_t* data, int64_t nbytes) {
+  uint64_t sums[64] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + 512 <= nbytes; i += 512) {
+    uint64_t words[64];
+    for (int k = 0; k < 8; ++k) __builtin_prefetch(data + i + 64 * k + kPrefetch);
+    memcpy(words, data + i, 512);
+    for (int k = 0; k < 64; ++k) sums[k] += words[k];
+  }
+  for (; i < nbytes; ++i) total += uint64_t{data[i]} << (8 * (i % 8));
+  for (uint64_t sum : sums) total += sum;
+  return total;
+}
+
+// Instruction sets with few registers walk the tile, which is in the cache by then, once more for
+// each of the tokens beyond V::kTokens.
+template <class V, Scheme S, bool INT8, int N>
+void walk(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
+  constexpr int each = N < V::kTokens ? N : V::kTokens;
+  for (int n = 0; n < N; n += each) tile<V, S, INT8, each>(w, blocks, rows + n, y + 16 * n);
+}
+
+template <class V, Scheme S, bool INT8> constexpr void fill(TileFn (&out)[3]) {
+  out[0] = walk<V, S, INT8, 1>, out[1] = walk<V, S, INT8, 2>, out[2] = walk<V, S, INT8, 4>;
+}
+
+template <class V, int S> constexpr void fill_schemes(Kernels& k) {
+  if constexpr (S < kSchemes) {
+    constexpr Scheme scheme = static_cast<Scheme>(S);
+    fill<V, scheme, false>(k.tile[S][0]);
+    if constexpr (kFormats[S].raw()) {
+      k.decode_tile[S] = decode_raw_tile<V, scheme>;
+    } else {
+      fill<V, scheme, true>(k.tile[S][1]);
+      k.decode_tile[S] = decode_tile<V, scheme>;
+    }
+    fill_schemes<V, S + 1>(k);
+  }
+}
+
+template <class V> constexpr Kernels make_kernels(const char* name, bool (*supported)()) {
+  Kernels k{};
+  k.name = name, k.supported = supported;
+  fill_schemes<V, 0>(k);
+  k.quantize_block = quantize_block, k.copy_block = copy_block, k.activate = activate;
+  k.to_bf16 = to_bf16, k.read_sum = read_sum;
+  return k;
+}
+
+}  // namespace
+}  // namespace moepack

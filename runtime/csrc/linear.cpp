@@ -1,0 +1,86 @@
+// One packed matrix: times a few tokens, or decoded to dense rows.
+#include <cstring>
+
+#include "scratch.h"
+#include "threads.h"
+
+namespace {
+
+using namespace moepack;
+
+bool known(int32_t scheme) { return scheme >= 0 && scheme < kSchemes; }
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0; }
+
+}  // namespace
+
+int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, int64_t rows,
+                       int64_t cols, const float* x, int64_t tokens, const float* bias, float* y,
+                       int32_t mode, int32_t threads) {
+  if (!known(scheme) || rows < 1 || cols < 1 || tokens < 1 || threads < 1 || !aligned(x) ||
+      !aligned(y) || !aligned(bias) || !packed || !x || !y)
+    return MOEPACK_BAD_ARGUMENT;
+  if (nbytes < moepack_packed_nbytes(scheme, rows, cols)) return MOEPACK_SHORT_BUFFER;
+
+  static thread_local Scratch scratch;
+  bool int8 = uses_int8(scheme, mode);
+  scratch.reset(tokens * (row_nbytes(cols) + Scratch::rounded(sizeof(Row))));
+  Row* inputs = scratch.take<Row>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    inputs[t] = take_row(scratch, cols);
+    fill_row(x + t * cols, cols, int8, !int8, inputs[t]);
+  }
+  int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
+  int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
+  const TileFn* walk = kernels().tile[scheme][int8];
+  int64_t each = chunk_tiles(tile_nbytes, tiles, threads);
+  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
+    alignas(64) float out[kMaxTokens * kTileRows];
+    int64_t end = (chunk + 1) * each < tiles ? (chunk + 1) * each : tiles;
+    for (int64_t tile = chunk * each; tile < end; ++tile) {
+      const uint8_t* w = packed + tile * tile_nbytes;
+      int64_t first = tile * kTileRows, count = rows - first < kTileRows ? rows - first : kTileRows;
+      for (int64_t t = 0; t < tokens;) {
+        int together = walk_tokens(tokens - t);
+        walk[walk_index(together)](w, blocks, inputs + t, out);
+        for (int n = 0; n < together; ++n, ++t)
+          for (int64_t r = 0; r < count; ++r)
+            y[t * rows + first + r] = out[n * kTileRows + r] + (bias ? bias[first + r] : 0.0f);
+      }
+    }
+  });
+  return MOEPACK_OK;
+}
+
+int32_t moepack_decode(int32_t scheme, const uint8_t* packed, int64_t nbytes, int64_t cols,
+                       const int64_t* tiles, int64_t count, int64_t rows_out, int32_t to, void* out,
+                       int32_t threads) {
+  if (!known(scheme) || cols < 1 || count < 0 || threads < 1 || !aligned(out) || !packed || !out ||
+      (to != MOEPACK_TO_F32 && to != MOEPACK_TO_BF16) || rows_out > count * kTileRows)
+    return MOEPACK_BAD_ARGUMENT;
+  int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t tile = tiles ? tiles[i] : i;
+    if (tile < 0 || (tile + 1) * tile_nbytes > nbytes) return MOEPACK_SHORT_BUFFER;
+  }
+  auto decode = kernels().decode_tile[scheme];
+  int64_t each = chunk_tiles(tile_nbytes, count, threads);
+  for_chunks(threads, ceil_div(count, each), [&](int64_t chunk) {
+    static thread_local Scratch scratch;
+    scratch.reset(kTileRows * cols * 4);
+    float* values = scratch.take<float>(kTileRows * cols);
+    int64_t end = (chunk + 1) * each < count ? (chunk + 1) * each : count;
+    for (int64_t i = chunk * each; i < end; ++i) {
+      const uint8_t* w = packed + (tiles ? tiles[i] : i) * tile_nbytes;
+      int64_t first = i * kTileRows, left = rows_out - first;
+      int64_t rows = left < kTileRows ? left : kTileRows;
+      if (rows <= 0) break;
+      bool direct = to == MOEPACK_TO_F32 && rows == kTileRows;
+      decode(w, cols, direct ? static_cast<float*>(out) + first * cols : values, cols);
+      if (to == MOEPACK_TO_BF16)
+        kernels().to_bf16(values, rows * cols, static_cast<uint16_t*>(out) + first * cols);
+      else if (!direct)
+        std::memcpy(static_cast<float*>(out) + first * cols, values, 4 * rows * cols);
+    }
+  });
+  return MOEPACK_OK;
+}

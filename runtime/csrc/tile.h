@@ -1,0 +1,282 @@
+// The walk over one tile, once for every instruction set.
+//
+// V gives the vectors: Codes (16 rows x 4 inputs, one byte each), Partial (a sum of products that
+// need not be widened yet), Ints and Floats (one value for each of the 16 rows).
+// The same walk serves float activations and int8 ones: Dot says what a product is.
+// N: tokens that share the walk, so that packed bytes are read and unpacked once.
+#pragma once
+#include <type_traits>
+
+#include "kernels.h"
+
+// Lambdas must vanish too: a call per quad would cost more than the quad.
+#define MOEPACK_INLINE inline __attribute__((always_inline))
+#define MOEPACK_LAMBDA __attribute__((always_inline))
+
+namespace moepack {
+namespace {
+
+// Records are read once, front to back. Hardware prefetchers stop at page ends, so lines are asked
+// for this many bytes ahead; measured on 2.625 bits, 1024 / 2048 / 4096 / 6144 / 12288 bytes gave
+// 31 / 34 / 37 / 41 / 41 GB/s.
+constexpr int kPrefetch = 6144;
+
+// Calls f(quad, codes) for the quads (4 inputs each) of COLS inputs, 16 or 32.
+template <class V, int BITS, int COLS, class F>
+MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
+  using Codes = typename V::Codes;
+  constexpr int quads = COLS / 4;
+  if constexpr (BITS == 2) {
+    for (int v = 0; v < quads / 4; ++v) {
+      Codes c = V::load(w + 64 * v);
+      V::prefetch(w + 64 * v + kPrefetch);
+      f(4 * v, V::template field<0, 3>(c));
+      f(4 * v + 1, V::template field<2, 3>(c));
+      f(4 * v + 2, V::template field<4, 3>(c));
+      f(4 * v + 3, V::template field<6, 3>(c));
+    }
+  } else if constexpr (BITS == 3) {
+    static_assert(COLS == 32);
+    Codes a = V::load(w), b = V::load(w + 64), c = V::load(w + 128);
+    for (int v = 0; v < 3; ++v) V::prefetch(w + 64 * v + kPrefetch);
+    f(0, V::template field<0, 7>(a));
+    f(1, V::template field<3, 7>(a));
+    f(2, V::template field<0, 7>(b));
+    f(3, V::template field<3, 7>(b));
+    f(4, V::template field<0, 7>(c));
+    f(5, V::template field<3, 7>(c));
+    // The last two quads lie in the top bits: upper two in a or c, the lowest in b.
+    f(6, V::merge(V::template field<5, 6>(a), V::template field<6, 1>(b)));
+    f(7, V::merge(V::template field<5, 6>(c), V::template field<7, 1>(b)));
+  } else if constexpr (BITS == 4) {
+    for (int v = 0; v < quads / 2; ++v) {
+      Codes c = V::load(w + 64 * v);
+      V::prefetch(w + 64 * v + kPrefetch);
+      f(2 * v, V::template field<0, 15>(c));
+      f(2 * v + 1, V::template field<4, 15>(c));
+    }
+  } else {
+    for (int v = 0; v < quads; ++v) {
+      V::prefetch(w + 64 * v + kPrefetch);
+      f(v, V::load(w + 64 * v));
+    }
+  }
+}
+
+// int8 activations: products and the sums of a group are integers.
+template <class V> struct Int8Dot {
+  using Total = typename V::Ints;
+
+  template <int BITS, int COLS, int N>
+  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
+    if constexpr (BITS == 8) {
+      for (int n = 0; n < N; ++n) out[n] = V::zero_ints();
+      each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        for (int n = 0; n < N; ++n) out[n] = V::dot_wide(out[n], c, rows[n].q + col + 4 * quad);
+      });
+    } else {
+      typename V::Partial part[N];
+      for (int n = 0; n < N; ++n) part[n] = V::zero_partial();
+      each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        for (int n = 0; n < N; ++n) part[n] = V::dot(part[n], c, rows[n].q + col + 4 * quad);
+      });
+      for (int n = 0; n < N; ++n) out[n] = V::widen(part[n]);
+    }
+  }
+  static MOEPACK_INLINE Total zero() { return V::zero_ints(); }
+  // Totals of a group of codes below 8 fit in 16 bits, and so do scales, minima and group sums.
+  static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
+    return V::mul_add_16(sum, scale, dot);
+  }
+  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints minimum, const Row& row,
+                                        int64_t col, int group) {
+    int32_t total = row.qsum16[col / 16];
+    if (group == 32) total += row.qsum16[col / 16 + 1];
+    return V::mul_add_16(sum, minimum, V::set_low16(total));
+  }
+  static MOEPACK_INLINE typename V::Floats add(typename V::Floats sum, Total t, const Row& row,
+                                               int64_t col) {
+    return V::fma(V::to_floats(t), V::set(row.step[col / kStepCols]), sum);
+  }
+  static MOEPACK_INLINE float block_sum(const Row& row, int64_t block) { return row.sum64[block]; }
+};
+
+// float32 activations: the exact mode.
+template <class V> struct FloatDot {
+  using Total = typename V::Floats;
+
+  template <int BITS, int COLS, int N>
+  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
+    Total part[N][4];  // one chain for each input of a quad
+    for (int n = 0; n < N; ++n)
+      for (int j = 0; j < 4; ++j) part[n][j] = V::zero();
+    each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      Total value[4] = {V::template byte<0>(c), V::template byte<1>(c), V::template byte<2>(c),
+                        V::template byte<3>(c)};
+      for (int n = 0; n < N; ++n) {
+        const float* x = rows[n].x + col + 4 * quad;
+        for (int j = 0; j < 4; ++j) part[n][j] = V::fma(value[j], V::set(x[j]), part[n][j]);
+      }
+    });
+    for (int n = 0; n < N; ++n)
+      out[n] = V::add(V::add(part[n][0], part[n][1]), V::add(part[n][2], part[n][3]));
+  }
+  static MOEPACK_INLINE Total zero() { return V::zero(); }
+  static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
+    return V::fma(V::to_floats(scale), dot, sum);
+  }
+  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints minimum, const Row& row,
+                                        int64_t col, int group) {
+    float total = row.sum16[col / 16];
+    if (group == 32) total += row.sum16[col / 16 + 1];
+    return V::fma(V::to_floats(minimum), V::set(total), sum);
+  }
+  static MOEPACK_INLINE Total add(Total sum, Total t, const Row&, int64_t) {
+    return V::add(sum, t);
+  }
+  static MOEPACK_INLINE float block_sum(const Row& row, int64_t block) {
+    const float* s = row.sum16 + 4 * block;
+    return (s[0] + s[1]) + (s[2] + s[3]);
+  }
+};
+
+// Schemes with a float16 scale and minimum per group of 64 or 128 inputs.
+template <class V, Scheme S, class D, int N>
+void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
+  constexpr Format F = kFormats[S];
+  constexpr int each = F.span / kBlockCols, half = F.code_nbytes() / 2;
+  typename V::Floats acc[N], low[N];  // sums of scale * code * x and of minimum * x
+  for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
+  for (int64_t first = 0; first < blocks; first += each) {
+    int64_t end = first + each < blocks ? first + each : blocks;
+    typename V::Floats sum[N];
+    float xsum[N];
+    for (int n = 0; n < N; ++n) sum[n] = V::zero(), xsum[n] = 0;
+    for (int64_t b = first; b < end; ++b, w += F.code_nbytes()) {
+      typename D::Total left[N], right[N];  // two chains, shorter than the latency of one
+      D::template dot<F.bits, 32, N>(w, rows, b * 64, left);
+      D::template dot<F.bits, 32, N>(w + half, rows, b * 64 + 32, right);
+      for (int n = 0; n < N; ++n) {
+        sum[n] = D::add(sum[n], left[n], rows[n], b * 64);
+        sum[n] = D::add(sum[n], right[n], rows[n], b * 64 + 32);
+        xsum[n] += D::block_sum(rows[n], b);
+      }
+    }
+    typename V::Floats scale = V::load_f16(w), minimum = V::load_f16(w + 2 * kTileRows);
+    V::prefetch(w + kPrefetch);
+    w += 4 * kTileRows;
+    for (int n = 0; n < N; ++n) {
+      acc[n] = V::fma(sum[n], scale, acc[n]);
+      low[n] = V::fma(minimum, V::set(xsum[n]), low[n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) V::store(y + 16 * n, V::sub(acc[n], low[n]));
+}
+
+// Stored scale and minimum of one group.
+template <class V, int SCALE_BITS>
+MOEPACK_INLINE void load_small(const uint8_t* w, typename V::Ints& scale,
+                               typename V::Ints& minimum) {
+  scale = V::load_u8(w);
+  if constexpr (SCALE_BITS == 8) {
+    minimum = V::load_i8(w + kTileRows);
+  } else {
+    minimum = V::template field_int<4, 15>(scale);
+    scale = V::template field_int<0, 15>(scale);
+  }
+}
+
+// Schemes with small scales under an outer factor: per 256 inputs (4 bits) or per row (8 bits).
+template <class V, Scheme S, class D, int N>
+void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
+  constexpr Format F = kFormats[S];
+  constexpr int groups = kStepCols / F.group, stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
+  constexpr int run = F.group * F.bits * 2;  // bytes of a group's codes
+  constexpr bool by_row = F.scale_bits == 8;
+  typename V::Floats acc[N], low[N];
+  for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
+  int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
+  for (int64_t first = 0; first < blocks; first += each) {
+    typename V::Floats outer, outer_low;
+    if constexpr (by_row) {
+      outer = V::load_f32(w), outer_low = V::load_f32(w + 4 * kTileRows);
+      w += 8 * kTileRows;
+    } else {
+      outer = V::load_f16(w), outer_low = V::load_f16(w + 2 * kTileRows);
+      w += 4 * kTileRows;
+    }
+    int64_t end = first + each < blocks ? first + each : blocks;
+    typename V::Floats sum[N], sum_low[N];
+    for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
+    for (int64_t b = first; b < end; ++b) {
+      const uint8_t* metadata = w + F.code_nbytes();
+      V::prefetch(metadata + kPrefetch);
+      for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
+        typename D::Total high[N], base[N];
+        for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
+        for (int g = 0; g < groups; ++g, w += run, metadata += stored) {
+          int64_t col = half + g * F.group;
+          typename V::Ints scale, minimum;
+          load_small<V, F.scale_bits>(metadata, scale, minimum);
+          typename D::Total dot[N];
+          D::template dot<F.bits, F.group, N>(w, rows, col, dot);
+          for (int n = 0; n < N; ++n) {
+            high[n] = D::weigh(high[n], scale, dot[n]);
+            base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+          }
+        }
+        for (int n = 0; n < N; ++n) {
+          sum[n] = D::add(sum[n], high[n], rows[n], half);
+          sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
+        }
+      }
+      w = metadata;
+    }
+    for (int n = 0; n < N; ++n) {
+      acc[n] = V::fma(sum[n], outer, acc[n]);
+      low[n] = V::fma(sum_low[n], outer_low, low[n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) V::store(y + 16 * n, V::sub(acc[n], low[n]));
+}
+
+// 16- and 32-bit floats: a 64-byte vector holds two or one inputs of 16 rows.
+template <class V, Scheme S, int N>
+void tile_raw(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
+  constexpr int step = S == F32 ? 4 : 8;  // inputs of four vectors
+  typename V::Floats acc[N][4];
+  for (int n = 0; n < N; ++n)
+    for (int j = 0; j < 4; ++j) acc[n][j] = V::zero();
+  for (int64_t col = 0; col < blocks * kBlockCols; col += step, w += 256) {
+    for (int v = 0; v < 4; ++v) {
+      typename V::Codes c = V::load(w + 64 * v);
+      V::prefetch(w + 64 * v + kPrefetch);
+      for (int n = 0; n < N; ++n) {
+        const float* x = rows[n].x + col;
+        if constexpr (S == F32) {
+          acc[n][v] = V::fma(V::f32(c), V::set(x[v]), acc[n][v]);
+        } else {
+          typename V::Floats even, odd;
+          if constexpr (S == BF16) V::bf16_pair(c, even, odd);
+          else V::f16_pair(c, even, odd);
+          acc[n][2 * v & 3] = V::fma(even, V::set(x[2 * v]), acc[n][2 * v & 3]);
+          acc[n][(2 * v + 1) & 3] = V::fma(odd, V::set(x[2 * v + 1]), acc[n][(2 * v + 1) & 3]);
+        }
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n)
+    V::store(y + 16 * n, V::add(V::add(acc[n][0], acc[n][1]), V::add(acc[n][2], acc[n][3])));
+}
+
+template <class V, Scheme S, bool INT8, int N>
+MOEPACK_INLINE void tile(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
+  using D = std::conditional_t<INT8, Int8Dot<V>, FloatDot<V>>;
+  if constexpr (kFormats[S].raw()) tile_raw<V, S, N>(w, blocks, rows, y);
+  else if constexpr (kFormats[S].scale_bits == 16)
+    tile_float_scales<V, S, D, N>(w, blocks, rows, y);
+  else tile_small_scales<V, S, D, N>(w, blocks, rows, y);
+}
+
+}  // namespace
+}  // namespace moepack

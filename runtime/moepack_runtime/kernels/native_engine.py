@@ -1,0 +1,145 @@
+"""The engine over the native kernels: a few tokens from packed bytes, many as dense matrices.
+
+Shape letters: T tokens, H hidden size, I intermediate size, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moepack_formats.record import RecordSpec, SubTensor
+from moepack_formats.schemes import TILE_ROWS, Scheme, get_scheme
+
+from ..experts import ExpertsAdapter
+from . import native
+from .activation import recognize
+from .reference import decode_projection
+
+SMALL_TOKENS = 8
+"""Up to this many tokens are multiplied with packed bytes; above, decoding once is faster."""
+
+
+class NativeEngine:
+    """The library in ``csrc``.
+
+    Args:
+        int8: Whether activations are rounded to 8 bits, see :func:`moepack_runtime.kernels.select`.
+    """
+
+    def __init__(self, *, int8: bool) -> None:
+        self._int8 = int8
+
+    @property
+    def name(self) -> str:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        return f"native ({native.available()}, {'int8' if self._int8 else 'float'} activations)"
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        tokens = x.numel() // shape[1]
+        if not 0 < tokens <= SMALL_TOKENS:
+            return F.linear(x, self.decode(packed, scheme, shape, x.dtype), bias)
+        y = native.linear(
+            x.reshape(tokens, -1).float().contiguous(),
+            packed,
+            scheme,
+            shape,
+            None if bias is None else bias.float(),
+            int8=self._int8,
+            threads=torch.get_num_threads(),
+        )
+        return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
+
+    def decode(
+        self,
+        packed: Tensor,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        tiles: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        rows = shape[0] if tiles is None else TILE_ROWS * len(tiles)
+        threads = torch.get_num_threads()
+        return native.decode(packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=threads)
+
+    def expert(
+        self, record: Tensor, spec: RecordSpec, adapter: ExpertsAdapter, x: Tensor
+    ) -> Tensor:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        first = "gate_up" if adapter.gated else "up"
+        hidden = adapter.activate(self._project(record, spec, first, x))
+        return adapter.finish(self._project(record, spec, "down", hidden))
+
+    def one_token(self, adapter: ExpertsAdapter) -> _OneToken | None:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        activation = recognize(adapter)
+        if activation is None:
+            return None
+        fused = native.FusedExperts(
+            adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
+        )
+        return _OneToken(fused, self._int8)
+
+    def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
+        """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
+        tensor, bias = spec.tensor(name), spec.tensor(f"{name}_bias")
+        assert tensor is not None  # check_spec has seen it
+        data = record[tensor.offset : tensor.offset + tensor.nbytes]
+        scheme, (rows, cols) = get_scheme(tensor.scheme), tensor.shape
+        if 0 < len(x) <= SMALL_TOKENS:
+            stored = tensor.padded[0] if name == "gate_up" else rows
+            y = self.linear(x, data, scheme, (stored, cols), None)
+            if name == "gate_up":  # tiles of gate and up alternate
+                y = y.view(len(x), -1, 2, TILE_ROWS).transpose(1, 2)
+                y = y.reshape(len(x), 2, -1)[:, :, : rows // 2].reshape(len(x), rows)
+            return y if bias is None else y + decode_projection(record, bias, y.dtype)
+        weight = self._dense(data, tensor, x.dtype)
+        return F.linear(
+            x, weight, None if bias is None else decode_projection(record, bias, x.dtype)
+        )
+
+    def _dense(self, data: Tensor, tensor: SubTensor, dtype: torch.dtype) -> Tensor:
+        """A matrix of a record, dense; ``gate_up`` as all rows of gate, then all of up."""
+        scheme, (rows, cols) = get_scheme(tensor.scheme), tensor.shape
+        if tensor.name != "gate_up":
+            return self.decode(data, scheme, (rows, cols), dtype)
+        tiles = torch.arange(tensor.padded[0] // TILE_ROWS).view(-1, 2).t().reshape(-1)
+        dense = self.decode(data, scheme, (rows, cols), dtype, tiles)
+        if len(dense) == rows:
+            return dense
+        return dense.view(2, -1, cols)[:, : rows // 2].reshape(rows, cols)
+
+
+class _OneToken:
+    """See :class:`moepack_runtime.kernels.OneToken`."""
+
+    def __init__(self, fused: native.FusedExperts, int8: bool) -> None:
+        self._fused, self._int8 = fused, int8
+
+    def __call__(
+        self,
+        x: Tensor,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        weights: Tensor,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        threads = torch.get_num_threads()
+        return self._fused(
+            x, records, specs, weights, int8=self._int8, threads=threads, outputs=outputs
+        )
+
+    def total(self, outputs: Tensor) -> Tensor:
+        return native.sum_rows(outputs)

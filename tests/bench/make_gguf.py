@@ -1,8 +1,8 @@
 """Write a GGUF of random weights at the OLMoE-1B-7B shape, for comparing speed with llama.cpp.
 
-Which tensor gets which k-quant is llama.cpp's own choice: a narrow model of the same names and layer
-count goes through ``llama_model_quantize``, and the wide one takes its types. The quantized bytes are
-random with sane scales, so only speed can be measured, not text.
+Which tensor gets which k-quant is llama.cpp's own choice: a narrow model of the same names and
+layer count goes through ``llama_model_quantize``, and the wide one takes its types. The quantized
+bytes are random with sane scales, so only speed can be measured, not text.
 
 ``python tests/bench/make_gguf.py Q2_K --out olmoe-q2_k.gguf`` (needs the extra ``bench``).
 """
@@ -91,8 +91,13 @@ def types_chosen_by_llama(file_type: str, shape: Shape) -> dict[str, gguf.GGMLQu
     import llama_cpp
 
     narrow = Shape(
-        hidden=256, intermediate=256, layers=shape.layers, experts=shape.experts,
-        top_k=shape.top_k, heads=2, vocabulary=512,
+        hidden=256,
+        intermediate=256,
+        layers=shape.layers,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        heads=2,
+        vocabulary=512,
     )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "f16.gguf"), Path(folder, "quantized.gguf")
@@ -139,7 +144,8 @@ def write(path: Path, file_type: str, shape: Shape, seed: int) -> None:
     for name, dimensions in tensors(shape):
         kind = kinds[name]
         if kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor_info(name, dimensions, np.dtype(np.float32), int(np.prod(dimensions)) * 4)
+            nbytes = int(np.prod(dimensions)) * 4
+            writer.add_tensor_info(name, dimensions, np.dtype(np.float32), nbytes)
             continue
         per_block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         row = dimensions[-1] // per_block * nbytes

@@ -28,6 +28,11 @@ class Watching:
         found: Iterator[tuple[int, Tensor]] = self.inner.fetch(layer, experts)
         return found
 
+    def fetch_ready(self, layer: int, experts: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        self.notes.append(("fetch", layer, list(experts)))
+        found: Iterator[dict[int, Tensor]] = self.inner.fetch_ready(layer, experts)
+        return found
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         self.notes.append(("prefetch", layer, list(experts)))
         self.inner.prefetch(layer, experts)

@@ -22,10 +22,10 @@ _OURS = {JOURNAL_NAME, LOCK_NAME}
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the folder if need be and hold it against other conversions.
+    """Create the folder if need be and hold it against other commands.
 
     Raises:
-        ResourceError: Another process converts into it, or it cannot be written.
+        ResourceError: Another process writes into it, or it cannot be written.
     """
     lock = folder / LOCK_NAME
     with osio.io_errors(folder):
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ResourceError(
-                f"in use by PID {owner}", where=folder, remedy="wait until that conversion ends"
+                f"in use by PID {owner}", where=folder, remedy="wait until that command ends"
             ) from None
         with osio.io_errors(lock):
             os.ftruncate(descriptor, 0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moepack import __version__
+from moepack.hub.card import model_card
 from moepack.quant import Quantizer, get_quantizer, quantize_matrix
 from moepack_formats import FORMAT_VERSION, checksum, osio
 from moepack_formats.errors import IntegrityError
@@ -37,7 +38,7 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
-from .model_files import model_card, write_model_files
+from .model_files import write_model_files
 from .options import scheme_of_bits
 from .output_folder import check_space, check_usable, clear_old_pack, locked
 from .plan import ConversionPlan, TrunkTensor

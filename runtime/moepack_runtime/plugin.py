@@ -24,6 +24,7 @@ from moepack_formats.pack import Pack
 
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
+from .hub.cache import complete_snapshot
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
@@ -122,7 +123,9 @@ class MoepackQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UsageError("a pack is loaded from its folder", remedy="use from_pretrained(pack)")
         # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
-        pack = Pack(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent
+        complete_snapshot(folder)
+        pack = Pack(folder)
         try:
             check_trunk(pack)
             runtime = PackRuntime(model, pack, dtype or model.dtype)

@@ -32,6 +32,6 @@ def test_second_push_uploads_nothing(either: Client, pack: Path) -> None:
     either.hub.forget()
     again = json.loads(either.ok("push", pack, "me/pack", "--json"))
     assert (again["uploaded"], again["bytes"]) == (0, 0)
-    assert len(either.hub.store.repos["me/pack"].commits) == commits
-    assert either.hub.store.stored_nbytes() == stored
+    assert len(store.repos["me/pack"].commits) == commits
+    assert store.stored_nbytes() == stored
     assert not either.hub.uploaded()

@@ -67,30 +67,50 @@ def download(
         UsageError: The id or revision is malformed.
         ResourceError: A file could not be written.
     """
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        for delay in (*RETRY_SECONDS, None):
-            try:
-                folder = snapshot_download(
-                    repo_id,
-                    revision=revision,
-                    local_files_only=offline,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*.py", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)],
-                    library_name="moepack",
-                )
-                return Path(folder)
-            except CLIENT_ERRORS as error:
-                if delay is None or status_of(root_cause(error)) not in RETRY_STATUSES:
-                    raise explain(error, repo_id, revision) from error
-            time.sleep(delay)
-        raise AssertionError("the last try returns or raises")
-
-    folder = fetch(revision, SMALL_FILES)
+    folder = download_small_files(repo_id, revision=revision, offline=offline)
     check(folder)
     # From the commit that the small files came from, whatever the branch has become since.
     index = find_index(folder)
     if index is None:
-        return fetch(folder.name, WHOLE_WEIGHTS)
+        return _fetch(repo_id, folder.name, WHOLE_WEIGHTS, offline=offline)
     shards = sorted(set(read_weight_map(folder, index).values()))
-    return fetch(folder.name, [glob.escape(shard) for shard in shards])
+    patterns = [glob.escape(shard) for shard in shards]
+    return _fetch(repo_id, folder.name, patterns, offline=offline)
+
+
+def download_small_files(repo_id: str, *, revision: str | None, offline: bool = False) -> Path:
+    """Bring everything of a checkpoint but its weights into the Hub cache.
+
+    Args:
+        repo_id: ``org/name``.
+        revision: Branch, tag or commit.
+        offline: Use the cache alone.
+
+    Returns:
+        The snapshot's folder, named after the commit.
+
+    Raises:
+        NetworkError: The Hub could not be reached or refused, or the cache lacks a file.
+        UsageError: The id or revision is malformed.
+        ResourceError: A file could not be written.
+    """
+    return _fetch(repo_id, revision, SMALL_FILES, offline=offline)
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: list[str], *, offline: bool) -> Path:
+    for delay in (*RETRY_SECONDS, None):
+        try:
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                local_files_only=offline,
+                allow_patterns=patterns,
+                ignore_patterns=["*.py", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)],
+                library_name="moepack",
+            )
+            return Path(folder)
+        except CLIENT_ERRORS as error:
+            if delay is None or status_of(root_cause(error)) not in RETRY_STATUSES:
+                raise explain(error, repo_id, revision) from error
+        time.sleep(delay)
+    raise AssertionError("the last try returns or raises")

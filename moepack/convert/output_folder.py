@@ -17,6 +17,8 @@ from moepack_formats.pack import read_manifest
 from moepack_runtime.options import format_size
 
 LOCK_NAME = ".moepack-lock"
+STAGE_NAME = ".moepack-source"
+"""The folder inside the output's where shards of a Hub source lie while they are needed."""
 _OURS = {JOURNAL_NAME, LOCK_NAME}
 
 
@@ -95,6 +97,7 @@ def clear_old_pack(folder: Path) -> None:
         for part in [*folder.glob("*.part"), *folder.glob("experts/*.part")]:
             part.unlink()
         (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder / STAGE_NAME, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -94,11 +94,14 @@ def convert(
         if force:
             clear_old_pack(out)
         with closing(Journal(out, fingerprint(plan))) as journal:
-            done = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-            check_space(out, plan.nbytes + _SMALL_FILES_NBYTES - done)
+            # Blocks, not sizes: a staged shard of a Hub source may be a file with holes.
+            done = sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
+            staged = plan.checkpoint.staged_nbytes
+            check_space(out, plan.nbytes + staged + _SMALL_FILES_NBYTES - done)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress).run()
             osio.write_file(out / MANIFEST_NAME, to_json(manifest))
+            plan.checkpoint.clear()
             journal.remove()
     return manifest
 

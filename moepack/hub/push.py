@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from moepack_formats.errors import UsageError
-from moepack_formats.manifest import MANIFEST_NAME, Manifest, to_json
+from moepack_formats.manifest import MANIFEST_NAME, Manifest
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
 from moepack_runtime.hub.fetch import check_sha256
@@ -85,7 +85,7 @@ def push(
     missing = _missing(remote, folder, manifest, names)
     card = _card(remote, folder, manifest, repo_id, quality)
     stale = _stale(remote, names)
-    if not missing and card is None and not stale and _has_manifest(remote, manifest):
+    if not missing and card is None and not stale and _has_manifest(remote, folder):
         return PushReport(url, remote.commit, 0, len(manifest.files), 0)
 
     items = [_item(folder, manifest, name, names[name]) for name in missing]
@@ -101,7 +101,7 @@ def push(
     ]
     if card is not None:
         last.append(CommitOperationAdd(CARD_NAME, card))
-    last.append(CommitOperationAdd(MANIFEST_NAME, to_json(manifest)))
+    last.append(CommitOperationAdd(MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes()))
     # On top of what was there a moment ago: somebody else's push in between is found out.
     commit = _commit(api, remote, last, revision, RemoteRepo.at(repo_id, revision).commit)
     nbytes = sum(item.nbytes for item in items)
@@ -153,7 +153,7 @@ def _missing(
 ) -> list[str]:
     """Files that the repository lacks or has otherwise; each is compared with the manifest."""
     # Behind a manifest like ours the files are ours, compressed ones too.
-    finished = _has_manifest(remote, manifest)
+    finished = _has_manifest(remote, folder)
     missing = []
     for name, facts in manifest.files.items():
         there = remote.files.get(names[name])
@@ -170,9 +170,9 @@ def _missing(
     return missing
 
 
-def _has_manifest(remote: RemoteRepo, manifest: Manifest) -> bool:
+def _has_manifest(remote: RemoteRepo, folder: Path) -> bool:
     there = remote.files.get(MANIFEST_NAME)
-    return there is not None and there.blob_id == _git_id(to_json(manifest))
+    return there is not None and there.blob_id == _git_id((folder / MANIFEST_NAME).read_bytes())
 
 
 def _git_id(data: bytes) -> str:
@@ -209,7 +209,7 @@ def _card(
         return None
     shown = remote.read_range(CARD_NAME, 0, max(there.size, 1))
     # One that was edited on the Hub stays; so does one whose figures this push does not know.
-    same_pack = quality is None and _has_manifest(remote, manifest)
+    same_pack = quality is None and _has_manifest(remote, folder)
     return data if is_ours(shown) and not same_pack else None
 
 

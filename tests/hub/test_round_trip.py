@@ -25,10 +25,8 @@ def test_round_trip(either: Client, pack: Path, tmp_path: Path) -> None:
 
 def test_second_push_uploads_nothing(either: Client, pack: Path) -> None:
     either.ok("push", pack, "me/pack")
-    commits, stored = (
-        len(either.hub.store.repos["me/pack"].commits),
-        either.hub.store.stored_nbytes(),
-    )
+    store = either.hub.store
+    commits, stored = len(store.repos["me/pack"].commits), store.stored_nbytes()
     either.hub.forget()
     again = json.loads(either.ok("push", pack, "me/pack", "--json"))
     assert (again["uploaded"], again["bytes"]) == (0, 0)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from moepack_formats import checksum, osio
-from moepack_formats.errors import IntegrityError, MoepackError
+from moepack_formats.errors import FormatError, IntegrityError, MoepackError
 from moepack_formats.manifest import FileEntry
 
 from .expand import expand_layer_file
 from .listing import COMPRESSED_SUFFIX, PackListing
 from .progress import TransferProgress
+from .remote import RemoteRepo
 
 TRIES = 3
 
@@ -48,30 +50,67 @@ def fetch_file(
         NetworkError: The Hub cannot be reached or refuses.
         ResourceError: The disk is full or cannot be written.
     """
-    facts, where = listing.manifest.files[name], f"{listing.remote.repo_id}, {name}"
+    place = Place(folder, cache)
+    remote_name, facts = listing.remote_names[name], listing.manifest.files[name]
+    return fetch_checked(listing.remote, remote_name, facts, progress, place, force=force)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are fetched to.
+
+    Attributes:
+        folder: Where their paths start; None for the Hub cache.
+        cache: Another Hub cache than the user's own.
+    """
+
+    folder: Path | None = None
+    cache: Path | None = None
+
+
+def fetch_checked(
+    remote: RemoteRepo,
+    remote_name: str,
+    facts: FileEntry,
+    progress: TransferProgress,
+    place: Place,
+    *,
+    force: bool = False,
+) -> Path:
+    """Fetch a file whose sha256 is known; see :func:`fetch_file`.
+
+    Args:
+        remote: The repository.
+        remote_name: Its path there; a compressed one is expanded.
+        facts: Size and sha256 of the file, expanded.
+        progress: Told of the bytes that arrive.
+        place: Where to put it.
+        force: Fetch it although the client has it already.
+    """
+    where = f"{remote.repo_id}, {remote_name.removesuffix(COMPRESSED_SUFFIX)}"
     for attempt in range(1, TRIES + 1):
-        arrived = listing.remote.download(
-            listing.remote_names[name],
-            folder=folder,
-            cache=cache,
+        arrived = remote.download(
+            remote_name,
+            folder=place.folder,
+            cache=place.cache,
             force=force or attempt > 1,
             progress=progress,
         )
         whole = arrived
         try:
-            if listing.is_compressed(name):
+            if remote_name.endswith(COMPRESSED_SUFFIX):
                 whole = arrived.with_name(arrived.name.removesuffix(COMPRESSED_SUFFIX))
                 expand_layer_file(arrived, whole, facts, where)
                 _remove(arrived)
             check_sha256(whole, facts, where)
             return whole
-        except IntegrityError:
+        except MoepackError as error:
             _remove(arrived)
             whole.unlink(missing_ok=True)
-            if attempt == TRIES:
+            if attempt == TRIES or not isinstance(error, (IntegrityError, FormatError)):
                 raise
             progress.notice(f"{where} was damaged on the way; fetching it again")
-            progress.advance(-listing.remote_nbytes(name))
+            progress.advance(-remote.files[remote_name].size)
     raise AssertionError("the last try returns or raises")
 
 
@@ -80,9 +119,9 @@ def check_sha256(path: Path, facts: FileEntry, where: object) -> None:
 
     Raises:
         IntegrityError: It is another one.
+        FormatError: It is missing, or not a regular file.
     """
-    with osio.io_errors(where):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = osio.open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
         got = checksum.sha256_of_file(descriptor, where) if size == facts.size else None

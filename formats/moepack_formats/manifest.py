@@ -151,6 +151,13 @@ class Manifest:
     trunk: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
 
+    @property
+    def trunk_files(self) -> list[str]:
+        """Names of the safetensors files that hold the trunk: those that are no layer's."""
+        layer_files = {name for layer in self.layers for name in layer.files}
+        with_header = (n for n, facts in self.files.items() if facts.header_xxh3 is not None)
+        return [name for name in with_header if name not in layer_files]
+
 
 def to_json(manifest: Manifest) -> bytes:
     """The manifest as it is stored: UTF-8 JSON, fields in a fixed order."""

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import reprlib
-import sys
 import types
 import typing
 from typing import Any, NoReturn, TypeVar
@@ -19,7 +18,6 @@ T = TypeVar("T")
 MAX_INTEGER = 2**63 - 1
 _MAX_DIGITS = 20
 _MAX_NAME = 200
-_MAX_FLOAT = sys.float_info.max
 # Neither a long value nor a deep one may cost more than the line it is shown in.
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -125,11 +123,6 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         exact = isinstance(value, int) and not isinstance(value, bool)
         _check(exact and 0 <= value <= MAX_INTEGER, "an integer from 0 to 2^63-1", value, where)
         return value
-    if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _check(number, "a number", value, where)
-        _check(abs(value) <= _MAX_FLOAT, "a finite number", value, where)
-        return float(value)
     _check(isinstance(value, kind), f"a {kind.__name__}", value, where)
     return value
 

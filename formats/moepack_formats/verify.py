@@ -23,7 +23,7 @@ from .schemes import TILE_ROWS, get_scheme
 from .tensor_file import TensorEntry, read_header
 from .tiles import Bytes
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes checked since the last call."""
 
 _CHUNK = 1 << 24
@@ -66,6 +66,7 @@ def verify_pack(folder: Path, progress: Progress | None = None) -> VerifyReport:
         manifest = pack.manifest
         nbytes, seen = 0, set[str]()
         layer_files = {file.name: file for file in pack.files}
+        trunk_files = set(manifest.trunk_files)
         for name, facts in manifest.files.items():
             if name in layer_files:
                 reader = _Reader(layer_files[name].descriptor, name, progress)
@@ -74,7 +75,7 @@ def verify_pack(folder: Path, progress: Progress | None = None) -> VerifyReport:
                 descriptor = osio.open_regular(resolve_inside(folder, name))
                 try:
                     reader = _Reader(descriptor, name, progress)
-                    if facts.header_xxh3 is not None:
+                    if name in trunk_files:
                         seen |= _check_trunk_file(manifest, reader, seen)
                     reader.skip_to_end()
                 finally:

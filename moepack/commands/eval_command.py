@@ -41,10 +41,9 @@ def command(
     each is not scored.
     """
     set_up(verbose)
-    with osio.io_errors(text):
-        data = text.read_bytes()
     try:
-        content = data.decode()
+        with osio.io_errors(text):
+            content = text.read_text(encoding="utf-8")  # line ends of any system become \n
     except UnicodeDecodeError:
         raise UsageError("not a UTF-8 text", where=text) from None
 

@@ -80,6 +80,9 @@ def command(
         print_json({"text": reply.text, **reply.json(), **statistics_json(model.moepack.stats)})
     else:
         say(f"{reply.line()}, {statistics_line(model.moepack.stats)}")
+        note = model.moepack.speculator and model.moepack.speculator.describe()
+        if note:
+            say(f"moepack: {note}")
 
 
 class Reply:

@@ -13,10 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from moepack_formats.errors import IntegrityError, UsageError
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
-from torch import Tensor
 
 DEFAULT_QUANTIZER = "hqq"
 

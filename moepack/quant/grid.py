@@ -9,24 +9,34 @@ N = R * G groups of a panel.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
-from torch import Tensor
 
 from .storage import Stored
 
 CHUNK_WEIGHTS = 1 << 19
-"""Weights per chunk: small enough for the last-level cache (16 bytes a weight, 8 MiB in all), large
-enough that a pass takes longer than starting it. Threads share the passes, not the chunks: a pass
-is some tens of microseconds, and handing Python's lock from thread to thread costs as much."""
+"""Weights per chunk: small enough for the cache (16 bytes a weight, 8 MiB in all), large enough
+that an operation takes much longer than starting it, or than waiting for Python's lock."""
+
+MOST_WORKERS = 4
+"""More threads would only wait for Python's lock."""
 
 MINIMUM_TURNS = 2
 """Turns of codes and minima once the scales are final."""
 
+MOST_STRETCH = 1.5
+"""Of groups that are hardly described by their codes, most of the power is one outlier's."""
+
+_SMALLEST_SUM = 1e-37
 _SMALLEST_STEP = 1e-30  # Below it 1 / step is no longer finite; float16 ends at 6e-8.
 
 
@@ -45,10 +55,6 @@ class Panel:
     The weights are centred on their group's mean: sums of squares then lose nothing to
     cancellation, and the sum of a group's weights is zero.
 
-    Sums go down the columns. Torch shares such a sum between threads at multiples of 128 bytes,
-    where its inner loop would begin anew anyway, so every column is added up in the same order
-    whatever the number of threads.
-
     Args:
         rows: ``[R, G * g]`` weights of any float dtype.
         group: Weights in a group, g.
@@ -60,6 +66,7 @@ class Panel:
         low: ``[N]`` smallest centred weight.
         high: ``[N]`` largest centred weight.
         reach: The largest absolute centred weight of all groups.
+        power: ``[N]`` sum of the squares of the centred weights.
         codes: ``[g, N]`` float32, integers, as the last ``encode`` left them.
     """
 
@@ -75,10 +82,7 @@ class Panel:
         self._scaled = torch.empty_like(self.weights)
         self.codes = torch.empty_like(self.weights)
         self._product = torch.empty_like(self.weights)
-
-    def power(self) -> Tensor:
-        """Sum ``[N]`` of the squares of the centred weights."""
-        return self._sum_product(self.weights, self.weights)
+        self.power = self._sum_product(self.weights, self.weights)
 
     def scale_by(self, inverse: Tensor) -> None:
         """Measure the weights in steps: the argument of every ``encode`` that follows.
@@ -188,6 +192,17 @@ def invert(step: Tensor) -> Tensor:
     return step.clamp(min=_SMALLEST_STEP).reciprocal_()
 
 
+def size_lost(power: Tensor, explained: Tensor) -> Tensor:
+    """By how much to stretch values that came out smaller than the weights they stand for.
+
+    Args:
+        power: Sums of the squared weights.
+        explained: Sums of weight times value, shaped alike.
+    """
+    lost = power.clamp(min=_SMALLEST_SUM) / explained.clamp(min=_SMALLEST_SUM)
+    return lost.clamp_(1.0, MOST_STRETCH)
+
+
 def take_better(best: Tensor, error: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
     """Where ``error`` is below ``best``, take it and the second of each pair; in place.
 
@@ -225,10 +240,14 @@ Solve = Callable[[GroupedRows, Scheme], tuple[Stored, Stored]]
 
 
 def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatrix:
-    """Quantize a matrix chunk by chunk.
+    """Quantize a matrix chunk by chunk, on up to as many threads as torch has been given.
 
-    The codes are chosen last, for the scales and minima that the reader will see. Chunks are the
-    same whatever the number of threads.
+    The codes are chosen last, for the scales and minima that the reader will see.
+
+    A chunk is the same rows, and is worked by one thread alone, whatever the number of threads, so
+    the result is too. Torch's own way, every operation shared between threads, would change the
+    order of additions; and with other work on the machine, passes this short spend most of their
+    time waiting for the slower thread.
 
     Args:
         weight: ``[R, C]`` finite weights.
@@ -239,14 +258,16 @@ def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatr
     each = max(1, CHUNK_WEIGHTS // cols)
     top = (1 << scheme.bits) - 1
     codes = torch.empty((rows, cols), dtype=torch.uint8)
-    parts = []
-    with torch.inference_mode():  # Spares torch's bookkeeping in every small step.
-        for first in range(0, rows, each):
+
+    def work(first: int) -> tuple[Stored, Stored]:
+        with torch.inference_mode():  # Per thread; spares bookkeeping in every small step.
             chunk = slice(first, min(first + each, rows))
             grouped = GroupedRows(weight[chunk], scheme.group)
             scales, minima = solve(grouped, scheme)
             grouped.write_codes(scales, minima, top, codes[chunk])
-            parts.append((scales, minima))
+            return scales, minima
+
+    parts = list(_workers(torch.get_num_threads()).map(work, range(0, rows, each)))
     scales = Stored.concatenate([part[0] for part in parts])
     minima = Stored.concatenate([part[1] for part in parts])
     return QuantizedMatrix(
@@ -258,3 +279,43 @@ def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatr
         scales.outer_as_numpy(),
         minima.outer_as_numpy(),
     )
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch does not share its operations with further ones."""
+    count = min(threads, MOST_WORKERS)
+    with _pools_lock:
+        if count not in _pools:
+            _pools[count] = _start_workers(count, threads)
+        return _pools[count]
+
+
+def _start_workers(count: int, threads: int) -> ThreadPoolExecutor:
+    ready = threading.Barrier(count + 1)
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, "moepack-quantize", initializer=prepare)
+    for _ in range(count):
+        pool.submit(int)  # Starts a thread each, as none is idle before the barrier.
+    ready.wait()
+    # set_num_threads holds for the thread that calls it, and for threads yet to start.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _forget_workers() -> None:
+    """Threads and locks do not survive a fork; the child starts its own."""
+    global _pools_lock
+    _pools.clear()
+    _pools_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)

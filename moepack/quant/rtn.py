@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
-from torch import Tensor
 
 from .grid import GroupedRows, quantize_rows
 from .storage import Stored, store_minima, store_scales

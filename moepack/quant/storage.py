@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from moepack_formats.matrix import SUPER_COLS
 from moepack_formats.schemes import Scheme
-from torch import Tensor
 
 FLOAT16_SMALLEST = 2.0**-24
 FLOAT16_LARGEST = 65504.0
@@ -111,7 +112,8 @@ def store_scales(scheme: Scheme, steps: Tensor, shares: Sequence[float] = (1.0,)
         codes = torch.maximum(codes, steps.sign())
         return Stored(codes, torch.uint8, outer, torch.float32, steps.shape[1])
     # From 1: a group whose step rounds to 0 does better with codes than without.
-    return _under_super_scales(scheme, steps, shares, lowest=1)
+    codes, outer = _under_super_scales(scheme, steps, shares, lowest=1)
+    return Stored(codes, torch.uint8, outer, per_outer=SUPER_COLS // scheme.group)
 
 
 def store_minima(
@@ -136,8 +138,8 @@ def store_minima(
         negative = negative_minima(scheme, minima)
     sign = 1.0 - 2.0 * negative  # [R, S]
     signed = spread(sign, SUPER_COLS // scheme.group, minima.shape[1])
-    stored = _under_super_scales(scheme, (minima * signed).clamp_(min=0), shares, lowest=0)
-    return Stored(stored.codes, stored.dtype, stored.outer * sign, per_outer=stored.per_outer)
+    codes, outer = _under_super_scales(scheme, (minima * signed).clamp_(min=0), shares, lowest=0)
+    return Stored(codes, torch.uint8, outer * sign, per_outer=SUPER_COLS // scheme.group)
 
 
 def negative_minima(scheme: Scheme, minima: Tensor) -> Tensor:
@@ -153,8 +155,8 @@ def negative_minima(scheme: Scheme, minima: Tensor) -> Tensor:
 
 def _under_super_scales(
     scheme: Scheme, values: Tensor, shares: Sequence[float], lowest: int
-) -> Stored:
-    """4-bit codes of values that are 0 or more, under the best of some float16 factors."""
+) -> tuple[Tensor, Tensor]:
+    """4-bit codes ``[R, G]`` of values that are 0 or more, under the best float16 ``[R, S]``."""
     rows, groups = values.shape
     grouped = by_super(values, scheme)  # [K, M]
     largest = grouped.amax(dim=0) / CODE_TOP
@@ -172,9 +174,7 @@ def _under_super_scales(
         best = torch.stack([lost(outer) for outer in outers]).argmin(dim=0)
         outer = outers.gather(0, best[None])[0]
     codes = _quotient(grouped, outer).clamp_(lowest, CODE_TOP)
-    by_row = codes.t().reshape(rows, -1)[:, :groups].contiguous()
-    each = SUPER_COLS // scheme.group
-    return Stored(by_row, torch.uint8, outer.view(rows, -1), per_outer=each)
+    return codes.t().reshape(rows, -1)[:, :groups].contiguous(), outer.view(rows, -1)
 
 
 def _quotient(values: Tensor, divisor: Tensor) -> Tensor:

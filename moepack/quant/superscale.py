@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from moepack_formats.matrix import SUPER_COLS
-from moepack_formats.schemes import Scheme
 from torch import Tensor
 
-from .grid import GroupedRows, Panel, invert, refit_minima, take_better
+from moepack_formats.matrix import SUPER_COLS
+from moepack_formats.schemes import Scheme
+
+from .grid import GroupedRows, Panel, invert, refit_minima, size_lost, take_better
 from .storage import (
     CODE_TOP,
     Stored,
@@ -29,10 +30,8 @@ from .storage import (
     store_scales,
 )
 
-SHARES = (1.02, 0.98, 0.94, 0.9, 0.86, 0.8, 0.74)
+SHARES = (1.0, 1.03, 0.97, 0.94, 0.9, 0.86, 0.8)
 """Super-scales to try, as shares of the smallest that does not clip the largest scale."""
-ROUNDS = 1
-"""Rounds of neighbours and super-scales."""
 ANCHOR_TURNS = 3
 NEIGHBOURS = ((0, (0, -1, 1)), (-1, (0, -1, 1)), (1, (0, -1, 1)))
 """Moves of a scale's code, each with moves of the minimum's, to try. Staying wins a tie."""
@@ -56,10 +55,8 @@ def store_under_super_scales(
     scales = store_scales(scheme, steps, SHARES)
     minima = refit_minima(rows, scales.values(), minima, top)
     stored = scales, store_minima(scheme, minima, negative, SHARES)
-    for _ in range(ROUNDS):
-        stored = _try_neighbours(rows, *stored, top)
-        stored = _refit_outer(rows, scheme, *stored, top)
-    return stored
+    stored = _try_neighbours(rows, *stored, top)
+    return _refit_outer(rows, scheme, *stored, top)
 
 
 def _anchor_at_zero(
@@ -145,7 +142,10 @@ def _best_neighbour(
 def _refit_outer(
     rows: GroupedRows, scheme: Scheme, scales: Stored, minima: Stored, top: int
 ) -> tuple[Stored, Stored]:
-    """Least squares for super-scale and super-minimum, the 4-bit and the weights' codes fixed."""
+    """Super-scale and super-minimum by least squares, the 4-bit and the weights' codes fixed.
+
+    Both are stretched by what least squares makes the values smaller than the weights.
+    """
     sums = [panel.moments() for panel in rows.encode(scales.values(), minima.values(), top)]
     q, qq = rows.join([part.q for part in sums]), rows.join([part.qq for part in sums])
     mean = rows.gather(lambda panel: panel.mean)
@@ -167,7 +167,10 @@ def _refit_outer(
     y = (xx * wy - xy * wx) / determinant
     # Not if all minima are 0, say, and never to a step of nothing.
     sound = (determinant > _CONDITION * xx * yy) & (x > 0)
-    return _with_outer(scales, x, sound), _with_outer(minima, y, sound)
+    gain = size_lost(
+        total(rows.gather(lambda panel: panel.power) + mean * mean * size), x * wx + y * wy
+    )
+    return _with_outer(scales, x * gain, sound), _with_outer(minima, y * gain, sound)
 
 
 def _with_outer(stored: Stored, fitted: Tensor, sound: Tensor) -> Stored:

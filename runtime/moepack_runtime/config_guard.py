@@ -46,7 +46,8 @@ def allowed_config(
     """
     declared = _ALWAYS | {field.name for field in dataclasses.fields(config_class)}
     declared |= _computed(config_class) | set(config_class.attribute_map)
-    declared = (declared | _read_by_model(config_class)) - _NEVER
+    declared |= _read_by_model(Path(inspect.getfile(config_class)).parent)
+    declared -= _NEVER
     kept: dict[str, Any] = {}
     dropped: list[str] = []
     for key, value in values.items():
@@ -62,16 +63,14 @@ def allowed_config(
 
 
 @functools.cache
-def _read_by_model(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+def _read_by_model(folder: Path) -> frozenset[str]:
     """Attributes that the family's own files read; some are in no class (DBRX's ``rope_theta``)."""
-    folder = Path(inspect.getfile(config_class)).parent
     files = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]
     attributes = re.compile(r"""config\.(\w+)|config, ["'](\w+)["']""")
     found = (match for file in files for match in attributes.finditer(file.read_text("utf-8")))
     return frozenset(match.group(1) or match.group(2) for match in found)
 
 
-@functools.cache
 def _computed(config_class: type[PreTrainedConfig]) -> set[str]:
     """Keys that the class adds to its own fields when it is made."""
     try:

@@ -54,6 +54,14 @@ class Speculator:
             return None
         return [layer for layer, router in self._routers.items() if router is None]
 
+    def describe(self) -> str | None:
+        """What a user should know about guessing here, or None when there is nothing to say."""
+        if not self.missing:
+            return None
+        if len(self.missing) == len(self._experts):
+            return "no prefetch: the routers of this model cannot be asked early"
+        return f"no prefetch for {len(self.missing)} layers, whose routers cannot be asked early"
+
     def experts_called(self, layer: int, top_k_index: Tensor, needed: list[int]) -> None:
         """The experts of ``layer`` are about to compute: score the guess, make the next.
 

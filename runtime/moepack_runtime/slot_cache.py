@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moepack_formats import osio
@@ -47,8 +48,8 @@ class _Entry:
 class _SizeClass:
     """Slots and policy for the records of one size."""
 
-    def __init__(self, nbytes: int, slots: int, records: int, policy: str) -> None:
-        self.arena = Arena(nbytes, slots)
+    def __init__(self, arena: Arena, records: int, policy: str) -> None:
+        self.arena, slots = arena, arena.slots
         self.free = list(range(slots))
         self.policy = get_policy(policy)()
         self.staged: deque[Key] = deque()
@@ -69,13 +70,25 @@ class SlotCache:
         budget: Bytes for all slots; at least one slot of each record size.
         options: Policy and I/O threads.
         stats: Where hits, misses and bytes are counted.
+        device: Where the slots are.
+        stream: The stream that fills them; None on the CPU.
     """
 
-    def __init__(self, pack: Pack, budget: int, options: RuntimeOptions, stats: Statistics) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        budget: int,
+        options: RuntimeOptions,
+        stats: Statistics,
+        device: torch.device | str = "cpu",
+        stream: object | None = None,
+    ) -> None:
         self._pack, self._stats = pack, stats
         self._entries: dict[Key, _Entry] = {}
         self._classes = {
-            nbytes: _SizeClass(nbytes, slots, record_sizes(pack)[nbytes], options.policy)
+            nbytes: _SizeClass(
+                Arena(nbytes, slots, device, stream), record_sizes(pack)[nbytes], options.policy
+            )
             for nbytes, slots in _divide(budget, record_sizes(pack)).items()
         }
         self._io = IoPool(options.io_threads)

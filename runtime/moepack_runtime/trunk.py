@@ -7,21 +7,9 @@ from torch import nn
 
 from moepack_formats import checksum, osio
 from moepack_formats.errors import FormatError, IntegrityError
-from moepack_formats.manifest import Manifest
 from moepack_formats.pack import Pack
 from moepack_formats.paths import resolve_inside
 from moepack_formats.tensor_file import read_header
-
-TRUNK_STEM = "model"
-
-
-def trunk_files(manifest: Manifest) -> list[str]:
-    """Names of the safetensors files that hold the trunk."""
-    return [
-        name
-        for name in manifest.files
-        if "/" not in name and name.startswith(TRUNK_STEM) and name.endswith(".safetensors")
-    ]
 
 
 def check_trunk(pack: Pack) -> None:
@@ -32,7 +20,7 @@ def check_trunk(pack: Pack) -> None:
         IntegrityError: A tensor's bytes are damaged; names it.
     """
     seen: set[str] = set()
-    for name in trunk_files(pack.manifest):
+    for name in pack.manifest.trunk_files:
         descriptor = osio.open_regular(resolve_inside(pack.folder, name))
         with open(descriptor, "rb", buffering=0):
             header = read_header(descriptor, name)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moepack_formats import strict_json
 from moepack_formats.errors import FormatError
 from moepack_formats.tensor_file import (
     MAX_HEADER_NBYTES,
@@ -236,6 +237,15 @@ def test_metadata_of_another_kind(check: Check, value: object) -> None:
 def test_numbers(check: Check, number: str) -> None:
     text = f'{{"a":{{"dtype":"U8","shape":[{number}],"data_offsets":[0,16]}}}}'
     check(safetensors(text), "impossible integer|JSON holds|wrong type|does not parse")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1E999"])
+def test_numbers_that_are_not_finite(number: str) -> None:
+    refused(
+        FormatError,
+        f"here: JSON holds '{number}' .wanted finite numbers",
+        lambda: strict_json.loads(f'{{"a":{number}}}'.encode(), "here"),
+    )
 
 
 def test_half_a_surrogate_pair(check: Check) -> None:

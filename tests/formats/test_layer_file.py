@@ -146,7 +146,7 @@ METADATA_CASES = {
         "expert 1: not a checksum",
     ),
     "checksum letters": (
-        lambda m: m.update(xxh3=[m["xxh3"][0].upper().replace("0", "X")] + m["xxh3"][1:]),
+        lambda m: m.update(xxh3=[m["xxh3"][0].upper().replace("0", "X"), *m["xxh3"][1:]]),
         "expert 0: not a checksum",
     ),
     "layout index": (lambda m: m.update(spec_of=[0, 2, 0]), "names a layout that is not there"),
@@ -191,7 +191,7 @@ def test_metadata_that_is_not_an_object(text: str, original: Path, tmp_path: Pat
     header = header_of(original)
     header["__metadata__"]["moepack"] = text
     path = rebuild(tmp_path / NAME, header, b"")
-    refused(FormatError, "", lambda: open_layer(path))
+    refused(FormatError, "JSON", lambda: open_layer(path))
 
 
 def test_other_metadata_is_ignored(original: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_split_names_and_places() -> None:
     plan = LayerPlan(7, "m", (SMALL_SPEC, LARGE_SPEC), (0, 1, 1, 0, 0))
     assert plan.files() == [("experts/layer-00007.safetensors", range(5))]
     assert plan.files(4096 + 8192) == [
-        ("experts/layer-00007-of-00003-00000.safetensors", range(0, 2)),
+        ("experts/layer-00007-of-00003-00000.safetensors", range(2)),
         ("experts/layer-00007-of-00003-00001.safetensors", range(2, 4)),
         ("experts/layer-00007-of-00003-00002.safetensors", range(4, 5)),
     ]

@@ -39,6 +39,7 @@ def test_compressed_round_trip(either: Client, pack: Path, tmp_path: Path) -> No
     assert f"{NAME}.zst" not in names
 
 
+@pytest.mark.slow
 def test_generate_expands_once(client: Client, pack: Path) -> None:
     client.ok("push", pack, "me/pack", "--compress")
     arguments = ("--prompt", "And the king", "--greedy", "--max-new-tokens", "2")

@@ -19,8 +19,11 @@ from moepack_formats.errors import IntegrityError
 
 from .progress import Quiet, TransferProgress, client_bar
 from .retry import retrying
+from .xet_limits import limit_xet_memory
 
 LIBRARY = "moepack"
+
+limit_xet_memory()
 
 
 @dataclass(frozen=True)

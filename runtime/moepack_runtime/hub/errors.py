@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -95,6 +97,8 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
         )
     if isinstance(cause, OSError):
         return resource_error(cause, repo_id)
+    if _is_full_disk(cause):
+        return resource_error(OSError(errno.ENOSPC, "no space"), repo_id)
     return NetworkError(f"the Hub client failed ({type(cause).__name__})", where=repo_id)
 
 
@@ -120,6 +124,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
     cause = root_cause(error)
     status = status_of(cause)
+    if _is_full_disk(cause):
+        return False
     if status is not None:
         return status in (*RETRY_STATUSES, _BUSY_STATUS)
     if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
@@ -128,3 +134,8 @@ def is_transient(error: BaseException) -> bool:
     cut = isinstance(cause, OSError) and cause.errno is None
     broken = (HTTPError, ConnectionError, TimeoutError, XetDownloadError)
     return cut or isinstance(cause, broken) or type(cause) is RuntimeError
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """The native transfer library says it in words only."""
+    return "No space left" in str(error)

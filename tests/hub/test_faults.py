@@ -125,7 +125,7 @@ def test_no_connection(client: Client, tmp_path: Path) -> None:
     client.hub.close()
     line = client.fails(6, "pull", "me/pack", tmp_path / "out")
     assert "connection" in line
-    line = client.fails(6, "generate", "me/pack", "--prompt", "x", HF_HUB_OFFLINE="1")
+    line = client.fails(6, "verify", "me/pack", HF_HUB_OFFLINE="1")
     assert "offline" in line
 
 
@@ -224,7 +224,7 @@ def test_a_repository_in_the_middle_of_a_push(shared: Client, tmp_path: Path) ->
     files = {k: v for k, v in repo.commits[-1].files.items() if k != "moepack.json"}
     shared.hub.store.add_commit(repo, "main", "half", files)
     assert "unfinished push" in shared.fails(3, "pull", "me/pack", tmp_path / "out")
-    assert "unfinished push" in shared.fails(3, "generate", "me/pack", "--prompt", "x")
+    assert "unfinished push" in shared.fails(3, "verify", "me/pack")
     # New layers under an old manifest.
     shared.hub.store.put("me/pack", {LAYER: b"new"})
     repo.commits[-1].files["moepack.json"] = repo.commits[-3].files["moepack.json"]

@@ -17,6 +17,8 @@ _COMMANDS = {
     "eval": "Measure the perplexity of a pack on a text.",
     "generate": "Write text with a pack.",
     "inspect": "Show what a pack holds.",
+    "pull": "Download a pack from the Hub.",
+    "push": "Upload a pack to the Hub.",
     "verify": "Check every byte of a pack.",
 }
 

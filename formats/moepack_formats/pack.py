@@ -16,6 +16,8 @@ from .paths import resolve_inside
 REMEDY = "restore the file or convert again"
 """What to do about a damaged file."""
 MAX_MANIFEST_NBYTES = 16_000_000
+PULL_NAME = ".moepack-pull"
+"""The folder inside a pack's where a pull keeps what it has not finished."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -29,6 +31,8 @@ def read_manifest(folder: Path) -> Manifest:
         if not folder.is_dir():
             raise UsageError("no such folder", where=folder)
         if not (folder / MANIFEST_NAME).exists():
+            if (folder / PULL_NAME).is_dir():
+                raise FormatError("unfinished pull: run pull again", where=folder)
             unfinished = (folder / JOURNAL_NAME).exists()
             what = "unfinished conversion" if unfinished else f"no {MANIFEST_NAME}"
             raise FormatError(f"{what}: run convert again", where=folder)

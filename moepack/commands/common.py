@@ -60,6 +60,7 @@ def runtime_options(function: F) -> F:
             show_default=True,
             help="How records are read; auto maps the files when the whole pack fits.",
         ),
+        click.option("--revision", help="Branch, tag or commit of a Hub id."),
         click.option(
             "--ram",
             type=parse_size,
@@ -82,6 +83,7 @@ def set_up(verbose: bool) -> None:
 def load(
     pack: str,
     *,
+    revision: str | None,
     ram: int | None,
     io: str,
     prefetch: bool,
@@ -89,7 +91,7 @@ def load(
     device: str,
     threads: int | None,
 ) -> Any:
-    """Load a pack for a command.
+    """Load a pack for a command, fetching it first if ``pack`` is a Hub id.
 
     Raises:
         UsageError: A device that this version cannot use.
@@ -105,7 +107,7 @@ def load(
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads or physical_cores())
     torch.set_grad_enabled(False)
-    return load_pack(pack, ram=ram, io=io, prefetch=prefetch, policy=policy)
+    return load_pack(pack, revision=revision, ram=ram, io=io, prefetch=prefetch, policy=policy)
 
 
 def physical_cores() -> int:

@@ -60,12 +60,13 @@ def command(
 ) -> None:
     """Convert SRC, a checkpoint folder or a Hub id, into a pack in the folder OUT.
 
-    An interrupted conversion goes on where it stopped when the same command is given again.
+    An interrupted conversion goes on where it stopped when the same command is given again. Of a
+    Hub id only a few shards lie on the disk at a time, in OUT, unless the Hub cache has them all.
     """
     set_up(verbose)
     from moepack.convert.checkpoint import open_checkpoint
     from moepack.convert.options import ConvertOptions
-    from moepack.convert.output_folder import check_usable
+    from moepack.convert.output_folder import STAGE_NAME, check_usable
     from moepack.convert.plan import make_plan
     from moepack.convert.run import convert
     from moepack.quant import get_quantizer
@@ -81,7 +82,7 @@ def command(
     get_quantizer(quantizer)
     if not dry_run:
         check_usable(out, force=force)
-    checkpoint = open_checkpoint(src, revision=revision)
+    checkpoint = open_checkpoint(src, revision=revision, stage=out / STAGE_NAME)
     try:
         for line in checkpoint.notices:
             say(f"moepack: {line}")
@@ -147,7 +148,8 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
         "experts": experts,
         "expert_schemes": list(plan.expert_schemes),
         **_sizes_json(sizes),
-        "disk_needed": plan.nbytes,
+        "disk_needed": plan.nbytes + plan.checkpoint.staged_nbytes,
+        "disk_staged": plan.checkpoint.staged_nbytes,
         "disk_free": free,
         "memory_needed": plan.memory_nbytes,
         "kept": {linear.name: linear.reason for linear in plan.kept},
@@ -158,7 +160,11 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
         return
     click.echo(f"{values['architecture']}, {experts} experts in {len(plan.layers)} MoE layers")
     _print_sizes(sizes, ", ".join(plan.expert_schemes))
-    click.echo(f"disk    {format_size(plan.nbytes)} needed, {format_size(free)} free")
+    staged = plan.checkpoint.staged_nbytes
+    needed = f"{format_size(plan.nbytes + staged)} needed"
+    if staged:
+        needed += f" ({format_size(staged)} of it for shards of the source, gone afterwards)"
+    click.echo(f"disk    {needed}, {format_size(free)} free")
     click.echo(f"memory  about {format_size(plan.memory_nbytes)} at the peak")
     _say_details(plan)
 

@@ -54,7 +54,7 @@ def command(
     from moepack.perplexity import measure
     from moepack_runtime.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(pack)
+    tokenizer = load_tokenizer(model.moepack.pack.folder)
     if tokenizer is None:
         raise UsageError("the pack has no tokenizer: its source had none", where=pack)
     ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:max_tokens])

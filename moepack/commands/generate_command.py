@@ -53,7 +53,7 @@ def command(
     debug: bool,
     **runtime: Any,
 ) -> None:
-    """Write text with PACK, a pack's folder. The text goes to stdout as it is made."""
+    """Write text with PACK, a pack's folder or Hub id. The text goes to stdout as it is made."""
     set_up(verbose)
     if (prompt is None) != interactive:
         raise UsageError("give either --prompt or --interactive")
@@ -128,7 +128,7 @@ class Writer:
     """Turns prompts into text on stdout.
 
     Args:
-        pack: The pack's folder.
+        pack: What the user named.
         model: The loaded model.
         options: For ``model.generate``.
 
@@ -140,7 +140,7 @@ class Writer:
         from moepack_runtime.loading import load_tokenizer
 
         self._model, self._options = model, options
-        self._tokenizer: Any = load_tokenizer(pack)
+        self._tokenizer: Any = load_tokenizer(model.moepack.pack.folder)
         if self._tokenizer is None:
             raise UsageError("the pack has no tokenizer: its source had none", where=pack)
 

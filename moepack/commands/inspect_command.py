@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,31 @@ import click
 
 from moepack_formats.errors import UsageError
 from moepack_formats.pack import Pack
+from moepack_runtime.hub.repo_id import looks_like_repo_id
 from moepack_runtime.options import format_size
 
 from .common import common_options, print_json, set_up
 
 
 @click.command("inspect")
-@click.argument("pack", required=False, type=click.Path(path_type=Path))
+@click.argument("pack", required=False)
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--layer", type=click.IntRange(0), help="Show the records of one MoE layer.")
 @click.option("--engine", is_flag=True, help="Show what computes with packed weights here.")
 @common_options
 def command(
-    pack: Path | None,
+    pack: str | None,
+    revision: str | None,
     layer: int | None,
     engine: bool,
     as_json: bool,
     verbose: bool,
     debug: bool,
 ) -> None:
-    """Show what PACK, a pack's folder, holds. Only its manifest and headers are read."""
+    """Show what PACK, a pack's folder or Hub id, holds.
+
+    Only its manifest and headers are read, those on the Hub by range requests.
+    """
     set_up(verbose)
     if engine:
         from moepack_runtime.kernels import select  # brings torch, which nothing else here needs
@@ -37,7 +44,7 @@ def command(
         return
     if pack is None:
         raise UsageError("name a pack, or give --engine")
-    with Pack(pack) as opened:
+    with _open(pack, revision) as opened:
         if layer is not None:
             _print_layer(opened, layer, as_json)
             return
@@ -46,6 +53,16 @@ def command(
         print_json(values)
     else:
         _print_summary(values)
+
+
+def _open(name: str, revision: str | None) -> contextlib.AbstractContextManager[Pack]:
+    if Path(name).exists() or not looks_like_repo_id(name):
+        if revision is not None:
+            raise UsageError("a revision belongs to a Hub id, not to a folder", where=name)
+        return Pack(Path(name))
+    from moepack.hub.peek import remote_pack
+
+    return remote_pack(name, revision)
 
 
 def _summary(pack: Pack) -> dict[str, Any]:

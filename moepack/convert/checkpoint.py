@@ -6,21 +6,23 @@ no Python file, pickle or ``auto_map`` entry of it is ever executed.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import constants
 
 from moepack.convert.folder_source import FolderCheckpoint
 from moepack.convert.gptq import GPTQCheckpoint, GPTQSettings, gptq_settings
-from moepack.convert.hub_source import download
+from moepack.convert.hub_source import download, download_small_files
 from moepack.convert.source_files import read_config
-from moepack_formats.errors import UsageError
+from moepack.convert.streamed_source import StreamedCheckpoint
+from moepack_formats.errors import MoepackError, UsageError
 from moepack_formats.manifest import Source
+from moepack_runtime.hub.remote import RemoteRepo
+from moepack_runtime.hub.repo_id import looks_like_repo_id
 from moepack_runtime.pack_config import MODEL_TYPE
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 
 
 class Checkpoint(Protocol):
@@ -74,17 +76,35 @@ class Checkpoint(Protocol):
             ResourceError: The operating system could not read it.
         """
 
+    @property
+    def staged_nbytes(self) -> int:
+        """The most bytes of the source that lie on the disk at one time; 0 for a folder."""
+
+    def plan_reads(self, layers: Sequence[Sequence[str]]) -> None:
+        """Say in which order the experts will be read, before the trunk.
+
+        Args:
+            layers: For each MoE layer, the tensors that its experts come from.
+        """
+
+    def clear(self) -> None:
+        """Remove what lies on the disk of a source that is fetched piece by piece."""
+
     def close(self) -> None:
         """Let go of what the checkpoint holds open."""
 
 
-def open_checkpoint(src: str, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
-    """Open a checkpoint folder, or download one from the Hub and open it.
+def open_checkpoint(
+    src: str, *, revision: str | None = None, offline: bool = False, stage: Path | None = None
+) -> Checkpoint:
+    """Open a checkpoint folder, or one on the Hub.
 
     Args:
         src: A folder with ``config.json`` and safetensors files, or a Hub id ``org/name``.
         revision: Branch, tag or commit of a Hub id.
         offline: Use what the Hub cache holds and never the network.
+        stage: A folder in which shards of a Hub id may lie while they are needed; without it the
+            whole checkpoint is downloaded into the Hub cache.
 
     Returns:
         The checkpoint. GPTQ weights appear as plain float16 ``X.weight`` tensors.
@@ -101,24 +121,37 @@ def open_checkpoint(src: str, *, revision: str | None = None, offline: bool = Fa
         return _open_folder(folder)
     if folder.exists():
         raise UsageError("not a folder", where=src, remedy="name the folder that holds config.json")
-    if not _looks_like_repo_id(src):
+    if not looks_like_repo_id(src):
         raise UsageError(
             "no such folder, and not a Hub id either",
             where=src,
             wanted="an existing folder, or org/name",
         )
-    folder = download(src, revision=revision, offline=offline, check=_settings)
+    if stage is not None and not (offline or constants.HF_HUB_OFFLINE):
+        folder = download_small_files(src, revision=revision)
+        settings = _settings(folder)
+        if not _is_whole(src, folder):
+            remote = RemoteRepo(src, folder.name)
+            return _dequantized(StreamedCheckpoint(folder, remote, stage), settings)
+    else:
+        folder = download(src, revision=revision, offline=offline, check=_settings)
     return _open_folder(folder, repo_id=src)
 
 
-def _looks_like_repo_id(src: str) -> bool:
-    odd = ".." in src or "--" in src or src.endswith(".git")
-    return not odd and len(src) <= 96 and _REPO_ID.fullmatch(src) is not None
+def _is_whole(repo_id: str, folder: Path) -> bool:
+    """Whether the Hub cache happens to hold all the shards of this commit."""
+    try:
+        download(repo_id, revision=folder.name, offline=True, check=_settings)
+        return True
+    except MoepackError:
+        return False
 
 
 def _open_folder(folder: Path, repo_id: str | None = None) -> Checkpoint:
-    settings = _settings(folder)
-    plain = FolderCheckpoint(folder, repo_id=repo_id)
+    return _dequantized(FolderCheckpoint(folder, repo_id=repo_id), _settings(folder))
+
+
+def _dequantized(plain: FolderCheckpoint, settings: GPTQSettings | None) -> Checkpoint:
     return plain if settings is None else GPTQCheckpoint(plain, settings)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class _Entry:
+class ShardEntry:
     """Where one tensor lies: `offset` counts from the start of the file."""
 
     shard: str
@@ -96,7 +97,7 @@ class FolderCheckpoint:
         self.folder = folder.resolve()
         self.config = read_config(self.folder)
         self.notices: list[str] = []
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, ShardEntry] = {}
         self._files: dict[str, tuple[Path, _Stamp]] = {}
         self._load()
         self._note_ignored()
@@ -108,41 +109,53 @@ class FolderCheckpoint:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of tensor `key`."""
-        return self._entry(key).shape
+        return self.entry(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of tensor `key`."""
-        return self._entry(key).dtype
+        return self.entry(key).dtype
 
     def nbytes(self, key: str) -> int:
         """Bytes of tensor `key`."""
-        return self._entry(key).nbytes
+        return self.entry(key).nbytes
+
+    @property
+    def staged_nbytes(self) -> int:
+        """Nothing is staged: the files are here."""
+        return 0
+
+    def plan_reads(self, layers: Sequence[Sequence[str]]) -> None:
+        """Nothing depends on the order."""
+
+    def clear(self) -> None:
+        """Nothing was staged."""
 
     def close(self) -> None:
         """Nothing is held open; here for the protocol."""
 
     def read(self, key: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """Read tensor `key`, or the part of it that `index` selects; see `Checkpoint.read`."""
-        entry = self._entry(key)
+        entry = self.entry(key)
         run = _covering_run(entry.shape, index or (), key)
         itemsize = entry.dtype.itemsize
         data = torch.empty(math.prod(run.shape) * itemsize, dtype=torch.uint8)
         if data.numel():
-            self._read_into(entry.shard, data, entry.offset + run.start * itemsize)
+            self._read_into(key, data, entry.offset + run.start * itemsize)
         tensor = data.view(entry.dtype).reshape(run.shape)
         # A view of part of the run would keep the whole run alive: give it memory of its own.
         return (
             tensor[run.inner].clone(memory_format=torch.contiguous_format) if run.inner else tensor
         )
 
-    def _entry(self, key: str) -> _Entry:
+    def entry(self, key: str) -> ShardEntry:
+        """Where tensor `key` lies."""
         try:
             return self._entries[key]
         except KeyError:
             raise IntegrityError("no such tensor", where=f"{self.folder}, {key}") from None
 
     def _load(self) -> None:
-        name = find_weights(self.folder)
+        name = self._weights_name()
         if not name.endswith(INDEX_SUFFIX):
             self._entries = self._read_header(name)
             return
@@ -171,8 +184,20 @@ class FolderCheckpoint:
         if unlisted:
             self.notices.append(f"ignored: {unlisted} tensors that {name} does not list")
 
-    def _read_header(self, shard: str) -> dict[str, _Entry]:
-        path = safe_path(self.folder, shard)
+    def _weights_name(self) -> str:
+        """The file that holds all the tensors, or the index of several."""
+        return find_weights(self.folder)
+
+    def _header_path(self, shard: str) -> Path:
+        """A file with the header of a shard, and of the shard's size."""
+        return safe_path(self.folder, shard)
+
+    def _file_names(self) -> list[str]:
+        """The names in the checkpoint's folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def _read_header(self, shard: str) -> dict[str, ShardEntry]:
+        path = self._header_path(shard)
         where = self.folder / shard
         try:
             # Opening validates the header: offsets within the file, without holes or overlaps,
@@ -202,10 +227,12 @@ class FolderCheckpoint:
                 )
             start, end = item["data_offsets"]
             dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
-            entries[key] = _Entry(shard, dtype, shape, 8 + length + start, end - start)
+            entries[key] = ShardEntry(shard, dtype, shape, 8 + length + start, end - start)
         return entries
 
-    def _read_into(self, shard: str, data: torch.Tensor, offset: int) -> None:
+    def _read_into(self, key: str, data: torch.Tensor, offset: int) -> None:
+        """Fill ``data`` from byte ``offset`` of the shard that holds tensor `key`."""
+        shard = self.entry(key).shard
         path, stamp = self._files[shard]
         where = self.folder / shard
         view = data.numpy().data
@@ -218,7 +245,7 @@ class FolderCheckpoint:
                 read_at(file.fileno(), view[start : start + READ_CAP], offset + start, where)
 
     def _note_ignored(self) -> None:
-        names = sorted(path.name for path in self.folder.iterdir())
+        names = self._file_names()
         code = [name for name in names if name.endswith(".py")]
         pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
         if code:

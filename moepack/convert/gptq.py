@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,29 @@ class GPTQCheckpoint:
         if linear is None:
             return self._plain.nbytes(key)
         return linear.rows * linear.cols * self.dtype(key).itemsize
+
+    @property
+    def staged_nbytes(self) -> int:
+        """The most bytes of shards that lie on the disk at one time."""
+        return self._plain.staged_nbytes
+
+    def plan_reads(self, layers: Sequence[Sequence[str]]) -> None:
+        """Say in which order the experts will be read, before the trunk."""
+        self._plain.plan_reads(
+            [[part for key in keys for part in self._parts_of(key)] for keys in layers]
+        )
+
+    def clear(self) -> None:
+        """Remove what was staged."""
+        self._plain.clear()
+
+    def _parts_of(self, key: str) -> list[str]:
+        """The folder's own tensors that tensor `key` is made of."""
+        linear = self._linears.get(key)
+        if linear is None:
+            return [key]
+        parts = [f"{linear.name}.{part}" for part in ("qweight", "qzeros", "scales")]
+        return parts if linear.g_idx is None else [*parts, linear.g_idx]
 
     def close(self) -> None:
         """Let go of what the folder holds open."""

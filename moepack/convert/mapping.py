@@ -238,6 +238,10 @@ class WeightMapping:
             one[parameter] = adapter.without_expert_axis(parameter, value)
         return {part: value.contiguous() for part, value in adapter.canonical(one).items()}
 
+    def expert_keys(self, adapter: ExpertsAdapter) -> list[str]:
+        """The checkpoint's tensors that the experts of one module come from."""
+        return [key for group in self._expert_groups[adapter.name] for key, _ in group.sources]
+
     def _groups_of(self, adapter: ExpertsAdapter) -> list[_Group]:
         prefix = f"{adapter.name}."
         names = {prefix + parameter for parameter in adapter.parameters}

@@ -1,4 +1,4 @@
-"""The small files of a pack: config, generation config, tokenizer, model card.
+"""The small files of a pack: config, generation config, tokenizer.
 
 Only data is carried over, never code: no ``.py``, no pickle, no ``auto_map``.
 """
@@ -11,9 +11,7 @@ from typing import Any
 
 from moepack_formats import FORMAT_VERSION, osio
 from moepack_formats.errors import FormatError
-from moepack_formats.manifest import Manifest
 from moepack_runtime.config_guard import allowed_config, without_references
-from moepack_runtime.options import format_size
 from moepack_runtime.pack_config import BASE_MODEL_TYPE_KEY, MODEL_TYPE
 
 from .plan import ConversionPlan
@@ -90,42 +88,6 @@ def pack_config(plan: ConversionPlan) -> tuple[dict[str, Any], list[str]]:
     notices = [f"ignored {key!r} in config.json: not a field of {family}" for key in odd]
     notices += [f"ignored {key!r} in config.json: code is never loaded" for key in references]
     return config, notices
-
-
-def model_card(manifest: Manifest) -> bytes:
-    """``README.md``: where the pack comes from, what it holds and how to run it."""
-    source, sizes = manifest.source, manifest.sizes
-    head = ["---", "library_name: moepack", "tags:", "- moepack", "- moe", "- quantized"]
-    if "/" in source.id:
-        head.append(f"base_model: {source.id}")
-    if source.license:
-        head.append(f"license: {source.license}")
-    expert_size, trunk_size = format_size(sizes.expert_nbytes), format_size(sizes.trunk_nbytes)
-    schemes = ", ".join(manifest.recipe.expert_schemes)
-    trunk_schemes = f"{manifest.recipe.trunk_scheme}; head {manifest.recipe.head_scheme}"
-    experts = sum(layer.num_experts for layer in manifest.layers)
-    body = f"""---
-
-# {source.id.rsplit("/", 1)[-1]}, packed
-
-{source.id} ({manifest.architecture}) in moepack's format: {experts} experts in
-{len(manifest.layers)} MoE layers, one aligned record per expert, streamed from disk where memory is
-smaller than the model.
-
-| part | parameters | bytes | true bits a weight | schemes |
-|---|---|---|---|---|
-| experts | {sizes.expert_parameters:,} | {expert_size} | {sizes.expert_bits:.3f} | {schemes} |
-| trunk | {sizes.trunk_parameters:,} | {trunk_size} | {sizes.trunk_bits:.3f} | {trunk_schemes} |
-
-Quantizer: {manifest.recipe.quantizer}. Every file's sha256 and every record's checksum are in
-`moepack.json` and the layer files' headers; `moepack verify` compares them.
-
-```
-pip install moepack
-moepack generate path/to/this/folder --prompt "..."
-```
-"""
-    return ("\n".join(head) + "\n" + body).encode()
 
 
 def _without_code(path: Path) -> tuple[bytes, list[str]]:

@@ -18,16 +18,18 @@ from moepack_formats.paths import resolve_inside
 from moepack_runtime.options import format_size
 
 LOCK_NAME = ".moepack-lock"
+STAGE_NAME = ".moepack-source"
+"""The folder inside the output's where shards of a Hub source lie while they are needed."""
 _OURS = {JOURNAL_NAME, LOCK_NAME}
 _PARTS = ("model*.safetensors*.part", "experts/layer-*.safetensors.part", f"{MANIFEST_NAME}.part")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the folder if need be and hold it against other conversions.
+    """Create the folder if need be and hold it against other commands.
 
     Raises:
-        ResourceError: Another process converts into it, or it cannot be written.
+        ResourceError: Another process writes into it, or it cannot be written.
     """
     lock = folder / LOCK_NAME
     descriptor = _lock(folder, lock)
@@ -61,7 +63,7 @@ def _lock(folder: Path, lock: Path) -> int:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise ResourceError(
-                f"in use by PID {owner}", where=folder, remedy="wait until that conversion ends"
+                f"in use by PID {owner}", where=folder, remedy="wait until that command ends"
             ) from None
         except OSError as error:
             os.close(descriptor)
@@ -146,6 +148,7 @@ def clear_old_pack(folder: Path) -> None:
     with osio.io_errors(folder):
         for path in old_files(folder):
             path.unlink(missing_ok=True)
+        shutil.rmtree(folder / STAGE_NAME, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

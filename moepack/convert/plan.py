@@ -123,6 +123,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     dtype = _main_dtype(checkpoint)
     model = build_meta_model(checkpoint.config, dtype=dtype)
     mapping = WeightMapping(model, checkpoint)
+    checkpoint.plan_reads([mapping.expert_keys(adapter) for adapter in mapping.adapters])
     scheme = get_scheme(scheme_of_bits(options.attn_bits, dtype))
     policy = trunk_policy(model, mapping.adapters, scheme)
     packed = {} if scheme.is_raw else _packed_entries(policy, scheme)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moepack import __version__
+from moepack.hub.card import model_card
 from moepack.quant import Quantizer, get_quantizer, quantize_matrix
 from moepack_formats import FORMAT_VERSION, checksum, osio
 from moepack_formats.errors import IntegrityError
@@ -37,9 +38,10 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
-from .model_files import model_card, write_model_files
+from .model_files import write_model_files
 from .options import scheme_of_bits
 from .output_folder import (
+    STAGE_NAME,
     check_apart,
     check_space,
     check_usable,
@@ -103,13 +105,18 @@ def convert(
         check_usable(out, force=force)  # another process may just have finished here
         # Before an old pack is given up. What it takes will be free, or is already done.
         done = sum(path.stat().st_size for path in old_files(out))
-        check_space(out, plan.nbytes + _SMALL_FILES_NBYTES - done)
+        # Blocks, not sizes: a staged shard of a Hub source may be a file with holes.
+        stage = (out / STAGE_NAME).rglob("*")
+        done += sum(path.stat().st_blocks * 512 for path in stage if path.is_file())
+        staged = plan.checkpoint.staged_nbytes
+        check_space(out, plan.nbytes + staged + _SMALL_FILES_NBYTES - done)
         if force:
             clear_old_pack(out)
         with closing(Journal(out, fingerprint(plan))) as journal:
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress).run()
             osio.write_file(out / MANIFEST_NAME, to_json(manifest))
+            plan.checkpoint.clear()
             journal.remove()
     return manifest
 

@@ -18,15 +18,23 @@ from moepack_formats.paths import resolve_inside
 
 from . import plugin  # noqa: F401 - importing registers
 from .auto_class import auto_class_of
+from .hub.locate import locate_pack
 from .options import options
 from .pack_config import BASE_MODEL_TYPE_KEY
 
 
-def load_pack(folder: Path | str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def load_pack(
+    folder: Path | str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
     """Load a pack.
 
     Args:
-        folder: The pack's folder.
+        folder: The pack's folder, or its Hub id.
+        revision: Branch, tag or commit of a Hub id.
         dtype: What the trunk computes in.
         changes: Fields of :class:`moepack_runtime.options.RuntimeOptions`.
 
@@ -36,7 +44,7 @@ def load_pack(folder: Path | str, *, dtype: torch.dtype = torch.float32, **chang
     Raises:
         MoepackError: The folder is not a valid pack, or does not fit.
     """
-    path = Path(folder)
+    path = locate_pack(str(folder), revision=revision)
     # Before transformers, which has longer and vaguer messages.
     for name in ("config.json", *read_manifest(path).trunk_files):
         os.close(osio.open_regular(resolve_inside(path, name)))

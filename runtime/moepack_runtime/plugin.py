@@ -24,6 +24,7 @@ from moepack_formats.pack import Pack
 
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
+from .hub.cache import complete_snapshot
 from .kernels import select
 from .options import current_options
 from .pack_config import MODEL_TYPE
@@ -137,7 +138,9 @@ class MoepackQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UsageError("a pack is loaded from its folder", remedy="use from_pretrained(pack)")
         # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
-        pack = Pack(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent
+        complete_snapshot(folder)
+        pack = Pack(folder)
         try:
             stored = check_trunk(pack)
             runtime = PackRuntime(model, pack, stored, dtype or model.dtype)

@@ -1,0 +1,141 @@
+"""What goes wrong between here and the Hub, in one line each."""
+
+from __future__ import annotations
+
+import errno
+
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+
+from moepack_formats.errors import MoepackError, NetworkError, UsageError
+from moepack_formats.osio import resource_error
+
+# The base of every error of the client's HTTP library, which changes its name between versions.
+HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
+
+# RuntimeError is what the client's native transfer library raises.
+CLIENT_ERRORS = (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError)
+
+RETRY_STATUSES = (429, 500, 502, 503, 504)
+# Another commit is being made; the client itself never tries this one again.
+_BUSY_STATUS = 409
+_CONFLICT_STATUS = 412
+
+
+def explain(error: Exception, repo_id: str, revision: str | None = None) -> MoepackError:
+    """Say in one line what an exception of the Hub client means and what to do about it.
+
+    The client's own text is left out: it spans lines and may quote a proxy's credentials.
+
+    Args:
+        error: What the client raised.
+        repo_id: The repository it was about.
+        revision: The revision it was about.
+    """
+    cause = root_cause(error)
+    status = status_of(cause)
+    if isinstance(cause, HFValidationError):
+        return UsageError("not a Hub id", where=repo_id, wanted="an existing folder, or org/name")
+    if isinstance(cause, GatedRepoError):
+        return NetworkError(
+            "the repository is gated",
+            where=repo_id,
+            remedy=f"log in with `hf auth login` and accept the licence at "
+            f"https://huggingface.co/{repo_id}",
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return NetworkError("no such revision on the Hub", where=repo_id, got=revision or "main")
+    if isinstance(cause, RepositoryNotFoundError):
+        return NetworkError(
+            "no such folder, and no such repository on the Hub",
+            where=repo_id,
+            remedy="check the name, or log in with `hf auth login` if it is private",
+        )
+    if status in (401, 403):
+        return NetworkError(
+            f"the Hub refused access (HTTP {status})",
+            where=repo_id,
+            remedy="log in with `hf auth login`",
+        )
+    if isinstance(cause, EntryNotFoundError) and status is not None:
+        return NetworkError("the repository lacks a file", where=repo_id, got=f"HTTP {status}")
+    if status in (_BUSY_STATUS, _CONFLICT_STATUS):
+        return NetworkError(
+            f"somebody else changed the repository at the same time (HTTP {status})",
+            where=repo_id,
+            remedy="run it again: what has arrived is kept",
+        )
+    if status is not None:
+        busy = status in RETRY_STATUSES
+        return NetworkError(
+            f"the Hub answered HTTP {status}",
+            where=repo_id,
+            remedy="try again later: what has arrived is kept" if busy else None,
+        )
+    if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError, IncompleteSnapshotError)):
+        return NetworkError(
+            "no such folder, and not whole in the Hub cache while offline",
+            where=repo_id,
+            remedy="check the name, or run it once online",
+        )
+    if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
+        return NetworkError(
+            f"no such folder, and the connection to the Hub failed ({type(cause).__name__})",
+            where=repo_id,
+            remedy="check the network and run it again: what has arrived is kept",
+        )
+    if isinstance(cause, OSError):
+        return resource_error(cause, repo_id)
+    if _is_full_disk(cause):
+        return resource_error(OSError(errno.ENOSPC, "no space"), repo_id)
+    return NetworkError(f"the Hub client failed ({type(cause).__name__})", where=repo_id)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What made the client look into its cache in vain or give up an upload, where it says that."""
+    cause = error.__cause__
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, (HTTPError, OSError)):
+        return root_cause(cause)
+    if type(error) is RuntimeError and isinstance(cause, CLIENT_ERRORS):
+        return root_cause(cause)
+    return error
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that the Hub answered, if this is about one."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed a little later."""
+    cause = root_cause(error)
+    status = status_of(cause)
+    if _is_full_disk(cause):
+        return False
+    if status is not None:
+        return status in (*RETRY_STATUSES, _BUSY_STATUS)
+    if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return False
+    # A body of another length than announced is an OSError without number: the line was cut.
+    cut = isinstance(cause, OSError) and cause.errno is None
+    broken = (HTTPError, ConnectionError, TimeoutError, XetDownloadError)
+    return cut or isinstance(cause, broken) or type(cause) is RuntimeError
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """The native transfer library says it in words only."""
+    return "No space left" in str(error)

@@ -1,0 +1,274 @@
+"""What a user sees when the Hub refuses, is busy, breaks off, or sends damaged bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.hub.conftest import Client, files_of
+from tests.hub.hub_server import Fault
+
+LAYER = "experts/layer-00002.safetensors"
+
+
+@pytest.fixture
+def shared(client: Client, pack: Path) -> Client:
+    """A client whose Hub has the pack at ``me/pack``."""
+    client.ok("push", pack, "me/pack")
+    client.hub.forget()
+    return client
+
+
+def test_private_repository(client: Client, pack: Path, tmp_path: Path) -> None:
+    client.ok("push", pack, "me/secret", "--private")
+    assert client.hub.store.repos["me/secret"].private
+    line = client.fails(6, "pull", "me/secret", tmp_path / "out", HF_TOKEN="")
+    assert "me/secret" in line
+    assert "log in" in line
+    assert not (tmp_path / "out" / "moepack.json").exists()
+    client.ok("pull", "me/secret", tmp_path / "out")
+    # A public repository is never taken for a private one.
+    client.hub.store.create("me/public")
+    assert "public" in client.fails(2, "push", pack, "me/public", "--private")
+    assert len(client.hub.store.repos["me/public"].commits) == 1
+
+
+def test_gated_repository(shared: Client, tmp_path: Path) -> None:
+    shared.hub.store.repos["me/pack"].gated = True
+    line = shared.fails(6, "pull", "me/pack", tmp_path / "out")
+    assert "gated" in line
+    assert "accept the licence" in line
+    assert "gated" in shared.fails(6, "inspect", "me/pack")
+
+
+def test_no_such_thing(shared: Client, tmp_path: Path) -> None:
+    assert "me/nothing" in shared.fails(6, "pull", "me/nothing", tmp_path / "out")
+    line = shared.fails(6, "pull", "me/pack", tmp_path / "out", "--revision", "v9")
+    assert "no such revision" in line
+    assert "v9" in line
+    shared.hub.store.put("me/other", {"config.json": b"{}"})
+    assert "it has no moepack.json" in shared.fails(3, "pull", "me/other", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_push_without_login(client: Client, pack: Path) -> None:
+    line = client.fails(6, "push", pack, "me/pack", HF_TOKEN="")
+    assert "log in" in line
+    client.hub.faults = [Fault("/commit/", status=403, times=-1)]
+    assert "HTTP 403" in client.fails(6, "push", pack, "me/pack")
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_busy_hub_is_tried_again(either: Client, pack: Path, tmp_path: Path, status: int) -> None:
+    either.hub.faults = [
+        Fault("/api/repos/create", status=status),
+        Fault("/preupload/", status=status),
+        Fault("/commit/", status=status),
+        Fault("/objects/batch", status=status),
+    ]
+    either.ok("push", pack, "me/pack")
+    either.hub.faults = [
+        Fault("/api/models/", status=status),
+        Fault("/tree/", status=status),
+        Fault("/resolve/", "HEAD", status=status),
+        Fault("/resolve/.*/experts/", "GET", status=status),
+    ]
+    either.ok("pull", "me/pack", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(pack)
+
+
+def test_a_hub_that_stays_busy(shared: Client, pack: Path, tmp_path: Path) -> None:
+    shared.hub.faults = [Fault("/api/models/", status=429, times=-1)]
+    line = shared.fails(6, "pull", "me/pack", tmp_path / "out")
+    assert "HTTP 429" in line
+    assert "try again later" in line
+    shared.hub.faults = [Fault("/commit/", status=500, times=-1)]
+    assert "HTTP 500" in shared.fails(6, "push", pack, "me/new")
+    shared.hub.forget()
+    shared.ok("push", pack, "me/new")
+    assert not shared.hub.uploaded()  # every object had arrived
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_somebody_else_pushes_at_the_same_time(shared: Client, own_pack: Path, status: int) -> None:
+    change_config(own_pack)
+    shared.hub.faults = [Fault("/commit/", status=status, times=-1)]
+    line = shared.fails(6, "push", own_pack, "me/pack")
+    assert f"HTTP {status}" in line
+    assert "run it again" in line
+    shared.hub.forget()
+    shared.ok("push", own_pack, "me/pack")
+
+
+def test_the_branch_moves_between_two_commits_of_a_push(shared: Client, own_pack: Path) -> None:
+    change_config(own_pack)
+    intruder = Fault("/commit/", act=lambda: shared.hub.store.put("me/pack", {"x.txt": b"x"}))
+    shared.hub.faults = [intruder]
+    assert "HTTP 412" in shared.fails(6, "push", own_pack, "me/pack")
+
+
+def test_dropped_connections(shared: Client, pack: Path, tmp_path: Path) -> None:
+    shared.hub.faults = [Fault(LAYER, "GET", drop_after=20_000, times=2)]
+    shared.ok("pull", "me/pack", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(pack)
+    shared.hub.faults = [Fault("/lfs-put/", "PUT", drop_after=20_000, times=2)]
+    shared.hub.store.objects.rename(tmp_path / "gone")
+    shared.hub.store.objects.mkdir()
+    shared.ok("push", pack, "me/again")
+
+
+def test_no_connection(client: Client, tmp_path: Path) -> None:
+    client.hub.close()
+    line = client.fails(6, "pull", "me/pack", tmp_path / "out")
+    assert "connection" in line
+    line = client.fails(6, "verify", "me/pack", HF_HUB_OFFLINE="1")
+    assert "offline" in line
+
+
+def test_a_bit_flipped_on_the_way_is_repaired(shared: Client, pack: Path, tmp_path: Path) -> None:
+    shared.hub.faults = [Fault(LAYER, "GET", flip=True)]
+    done = shared.run("pull", "me/pack", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "damaged on the way" in done.err
+    assert files_of(tmp_path / "out") == files_of(pack)
+    assert len(shared.hub.downloads(LAYER)) == 2
+
+
+def test_damage_that_stays(shared: Client, tmp_path: Path) -> None:
+    stored = shared.hub.store.repos["me/pack"].commits[-1].files[LAYER]
+    path = shared.hub.store.object_path(stored)
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 4
+    path.write_bytes(data)
+    line = shared.fails(4, "pull", "me/pack", tmp_path / "out")
+    assert LAYER in line
+    assert not (tmp_path / "out" / LAYER).exists()
+    assert "unfinished pull" in shared.fails(3, "verify", tmp_path / "out")
+    data[-5000] ^= 4
+    path.write_bytes(data)
+    shared.hub.forget()
+    shared.ok("pull", "me/pack", tmp_path / "out")
+    assert not shared.hub.downloads("layer-00000")  # what had arrived is kept
+
+
+def test_repair_fetches_what_is_wrong(shared: Client, pack: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shared.ok("pull", "me/pack", out)
+    damaged, lost = out / LAYER, out / "tokenizer.json"
+    data = bytearray(damaged.read_bytes())
+    data[-5000] ^= 4
+    damaged.write_bytes(data)
+    lost.unlink()
+    assert "--repair" in shared.fails(4, "pull", "me/pack", out)
+    shared.hub.forget()
+    report = json.loads(shared.ok("pull", "me/pack", out, "--repair", "--json"))
+    assert report["fetched"] == 2
+    assert files_of(out) == files_of(pack)
+    assert not shared.hub.downloads("layer-00001")
+    assert json.loads(shared.ok("pull", "me/pack", out, "--json"))["fetched"] == 0
+
+
+def test_the_revision_moves_during_a_pull(
+    shared: Client, own_pack: Path, pack: Path, tmp_path: Path
+) -> None:
+    change_config(own_pack)
+    new = {"config.json": (own_pack / "config.json").read_bytes()}
+    new["moepack.json"] = (own_pack / "moepack.json").read_bytes()
+    moves = Fault(LAYER, "GET", act=lambda: shared.hub.store.put("me/pack", new))
+    shared.hub.faults = [moves]
+    shared.ok("pull", "me/pack", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(pack)
+    shared.ok("pull", "me/pack", tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(own_pack)
+
+
+def test_a_pull_goes_on_at_the_commit_where_it_began(
+    shared: Client, own_pack: Path, pack: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shared.hub.faults = [Fault(LAYER, "GET", status=404, code="EntryNotFound", times=-1)]
+    shared.fails(6, "pull", "me/pack", out)
+    shared.hub.forget()
+    change_config(own_pack)
+    shared.ok("push", own_pack, "me/pack")
+    done = shared.run("pull", "me/pack", out)
+    assert done.code == 0, done.err
+    assert "has moved on" in done.err
+    assert files_of(out) == files_of(pack)
+
+
+def test_the_commit_of_a_broken_off_pull_is_gone(
+    shared: Client, own_pack: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shared.hub.faults = [Fault(LAYER, "GET", status=404, code="EntryNotFound", times=-1)]
+    shared.fails(6, "pull", "me/pack", out)
+    shared.hub.forget()
+    change_config(own_pack)
+    shared.ok("push", own_pack, "me/pack")
+    commits = shared.hub.store.repos["me/pack"].commits
+    del commits[:-1]  # as when a history is squashed
+    line = shared.fails(4, "pull", "me/pack", out)
+    assert "revision changed" in line
+    assert "--repair" in line
+    shared.ok("pull", "me/pack", out, "--repair")
+    assert files_of(out) == files_of(own_pack)
+
+
+def test_a_repository_in_the_middle_of_a_push(shared: Client, tmp_path: Path) -> None:
+    repo = shared.hub.store.repos["me/pack"]
+    files = {k: v for k, v in repo.commits[-1].files.items() if k != "moepack.json"}
+    shared.hub.store.add_commit(repo, "main", "half", files)
+    assert "unfinished push" in shared.fails(3, "pull", "me/pack", tmp_path / "out")
+    assert "unfinished push" in shared.fails(3, "verify", "me/pack")
+    # New layers under an old manifest.
+    shared.hub.store.put("me/pack", {LAYER: b"new"})
+    repo.commits[-1].files["moepack.json"] = repo.commits[-3].files["moepack.json"]
+    line = shared.fails(4, "pull", "me/pack", tmp_path / "out")
+    assert "not the one that its manifest lists" in line
+    assert LAYER in line
+
+
+def test_some_layers_only(shared: Client, pack: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = json.loads(shared.ok("pull", "me/pack", out, "--layers", "0-1,4", "--json"))
+    assert not report["complete"]
+    assert sorted(path.name[10:11] for path in (out / "experts").iterdir()) == ["0", "1", "4"]
+    assert "unfinished pull" in shared.fails(3, "inspect", out)
+    assert "layer" in shared.fails(2, "pull", "me/pack", out, "--layers", "0-99")
+    assert "list of layers" in shared.fails(2, "pull", "me/pack", out, "--layers", "3-1")
+    shared.ok("pull", "me/pack", out)
+    assert files_of(out) == files_of(pack)
+
+
+def test_folders_that_are_not_for_a_pull(shared: Client, own_pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert "letter.txt" in shared.fails(5, "pull", "me/pack", tmp_path / "full")
+    change_config(own_pack)
+    assert "another pack" in shared.fails(5, "pull", "me/pack", own_pack)
+
+
+def test_a_damaged_pack_is_not_pushed(client: Client, own_pack: Path) -> None:
+    data = bytearray((own_pack / LAYER).read_bytes())
+    data[-5000] ^= 4
+    (own_pack / LAYER).write_bytes(data)
+    assert LAYER in client.fails(4, "push", own_pack, "me/pack")
+    assert not client.hub.uploaded()
+    shutil.rmtree(own_pack / "experts")
+    client.fails(3, "push", own_pack, "me/pack")
+
+
+def change_config(folder: Path) -> None:
+    """Make it another pack: a blank at the end of its config."""
+    path, manifest = folder / "config.json", folder / "moepack.json"
+    data = path.read_bytes() + b" "
+    path.write_bytes(data)
+    values = json.loads(manifest.read_bytes())
+    facts = values["files"]["config.json"]
+    facts["size"], facts["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    manifest.write_text(json.dumps(values))

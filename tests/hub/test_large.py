@@ -1,0 +1,80 @@
+"""Many files, and many bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hub.conftest import MODES, Client, files_of
+from tests.hub.hub_server import Hub
+from tests.hub.small_pack import make_random_pack
+
+MEBIBYTE = 1 << 20
+MOST_MEMORY = 500 * MEBIBYTE
+
+
+def peak_memory(client: Client, *arguments: object) -> int:
+    """Run a command; its largest resident set in bytes."""
+    path = client.home.with_name("peak")
+    client.ok(*arguments, PEAK_MEMORY_FILE=str(path))
+    return int(path.read_text().split()[1]) * 1024
+
+
+@pytest.mark.slow
+def test_a_thousand_files(either: Client, pack: Path, tmp_path: Path) -> None:
+    large = make_random_pack(pack, tmp_path / "large", layers=1000, experts=1, width=64)
+    pushed = json.loads(either.ok("push", large, "me/pack", "--json"))
+    assert pushed["uploaded"] >= 1000
+    assert len(either.hub.store.repos["me/pack"].commits) < 40
+    out = tmp_path / "out"
+    either.ok("pull", "me/pack", out)
+    assert files_of(out) == files_of(large)
+    assert json.loads(either.ok("push", large, "me/pack", "--json"))["uploaded"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_memory_for_five_gigabytes(either: Client, pack: Path, tmp_path: Path) -> None:
+    large = make_random_pack(pack, tmp_path / "large", layers=92, experts=8, width=2048)
+    assert sum(path.stat().st_size for path in large.rglob("*")) > 5e9
+    pushing = peak_memory(either, "push", large, "me/pack")
+    pulling = peak_memory(either, "pull", "me/pack", tmp_path / "out")
+    print(f"{either.mode}: push {pushing >> 20} MiB, pull {pulling >> 20} MiB")
+    assert max(pushing, pulling) < MOST_MEMORY
+    compared = 0
+    for path in large.rglob("*.safetensors"):
+        with (
+            open(path, "rb") as left,
+            open(tmp_path / "out" / path.relative_to(large), "rb") as right,
+        ):
+            while piece := left.read(MEBIBYTE):
+                assert right.read(MEBIBYTE) == piece
+                compared += len(piece)
+    assert compared > 5e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_in_the_middle_of_the_data(mode: str, pack: Path, tmp_path: Path) -> None:
+    """Ten pushes, killed after a tenth of the data, two tenths, and so on, and started again."""
+    large = make_random_pack(pack, tmp_path / "large", layers=6, experts=10, width=2048)
+    sizes = [path.stat().st_size for path in large.rglob("*.safetensors")]
+    resent = []
+    for tenth in range(10):
+        hub = Hub(tmp_path / f"hub-{tenth}")
+        client = Client(hub, tmp_path / f"home-{tenth}", mode)
+        process = client.start("push", large, "me/pack")
+        while process.poll() is None and hub.store.stored_nbytes() <= sum(sizes) * tenth / 10:
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        client.ok("push", large, "me/pack")
+        resent.append((hub.store.stored_nbytes() - sum(sizes)) / max(sizes))
+        hub.close()
+        shutil.rmtree(tmp_path / f"hub-{tenth}")
+    print(f"{mode}: files sent again {[round(files, 2) for files in resent]}")
+    assert max(resent) <= 1

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.hub.conftest import DRIVER, MODES, Client, files_of
+from tests.hub.hub_server import Fault, Hub
+
+TEXT = Path(__file__).parents[1] / "assets" / "text" / "alice29.txt"
+GENERATE = ("--prompt", "And the king", "--greedy", "--max-new-tokens", "4")
+FROM_PRETRAINED = """
+import sys, torch
+import moepack
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor([[5, 6, 7]])
+print(model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist())
+"""
+
+
+def python(client: Client, code: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        env=client.environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generate_from_a_hub_id_and_offline_after_that(client: Client, pack: Path) -> None:
+    client.ok("push", pack, "me/pack")
+    online = client.ok("generate", "me/pack", *GENERATE)
+    assert len(online) > len("And the king")
+    client.hub.forget()
+    assert client.ok("generate", "me/pack", *GENERATE, HF_HUB_OFFLINE="1") == online
+    assert not client.hub.requests
+
+
+@pytest.mark.slow
+def test_the_same_text_from_everywhere(either: Client, pack: Path) -> None:
+    either.ok("push", pack, "me/pack")
+    local = either.ok("generate", pack, *GENERATE)
+    assert either.ok("generate", "me/pack", *GENERATE) == local
+    either.ok("verify", "me/pack")
+    text = str(TEXT)
+    assert json.loads(either.ok("eval", "me/pack", "--text", text, "--max-tokens", "64", "--json"))
+    assert either.ok("bench", "me/pack", "--max-new-tokens", "2", "--rounds", "1")
+    either.hub.close()  # nobody knows beforehand that there is no network
+    assert either.ok("generate", "me/pack", *GENERATE) == local
+
+
+def test_from_pretrained_fetches_the_experts(client: Client, pack: Path) -> None:
+    client.ok("push", pack, "me/pack")
+    assert python(client, FROM_PRETRAINED, "me/pack")
+    snapshot = next(client.home.rglob("moepack.json")).parent
+    assert {name: (snapshot / name).read_bytes() for name in files_of(pack)} == files_of(pack)
+
+
+@pytest.mark.slow
+def test_from_pretrained_offline_after_that(either: Client, pack: Path) -> None:
+    either.ok("push", pack, "me/pack")
+    local = python(either, FROM_PRETRAINED, str(pack))
+    assert python(either, FROM_PRETRAINED, "me/pack") == local
+    either.hub.forget()
+    assert python(either, FROM_PRETRAINED, "me/pack", HF_HUB_OFFLINE="1") == local
+    assert not either.hub.requests
+
+
+def test_a_flipped_bit_on_the_way_to_the_cache(client: Client, pack: Path) -> None:
+    client.ok("push", pack, "me/pack")
+    client.hub.faults = [
+        Fault("layer-00002", "GET", flip=True),
+        Fault("model.safetensors", "GET", flip=True),
+    ]
+    client.ok("verify", "me/pack")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_bar_for_everything(hub: Hub, pack: Path, tmp_path: Path, mode: str) -> None:
+    client = Client(hub, tmp_path / "home", mode)
+    client.ok("push", pack, "me/pack")
+    shown = on_a_terminal(client, "pull", "me/pack", tmp_path / "out")
+    assert "pulling me/pack" in shown
+    bars = {line.split(":")[0].strip() for line in re.split(r"[\r\n]", shown) if "%|" in line}
+    assert bars == {"pulling me/pack"}
+    assert "100%" in shown
+
+
+def on_a_terminal(client: Client, *arguments: object) -> str:
+    """Run a command with a terminal for stderr; what it shows there."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(DRIVER), *map(str, arguments)],
+        env=client.environment(TERM="xterm", COLUMNS="100"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0, shown
+    return shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_inspect_reads_headers_only(client: Client, pack: Path, compress: bool) -> None:
+    client.ok("push", pack, "me/pack", *(["--compress"] if compress else []))
+    local = json.loads(client.ok("inspect", pack, "--json"))
+    client.hub.forget()
+    assert json.loads(client.ok("inspect", "me/pack", "--json")) == local
+    got = client.hub.downloads()
+    assert all(request.range for request in got)
+    whole = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file())
+    layers = [request for request in got if "experts/" in request.path]
+    assert len(layers) == local["moe_layers"]
+    assert sum(request.nbytes_out for request in got) < whole / 4
+    assert not list(client.home.rglob("*.safetensors"))
+    text = client.ok("inspect", "me/pack", "--layer", "1")
+    assert text == client.ok("inspect", pack, "--layer", "1")

@@ -33,7 +33,7 @@ def test_two_conversions_into_one_folder(
     wait_for(lambda: progress(out) > 500)
     for force in ([], ["--force"]):
         line = convert(command, checkpoint, out, *force).error(5)
-        assert f"{out}: in use by PID {child.pid}; wait until that conversion ends" in line
+        assert f"{out}: in use by PID {child.pid}; wait until that command ends" in line
     assert child.wait().code == 0
     assert hashes(out) == wanted
     assert "already holds a pack" in convert(command, checkpoint, out).error(5)

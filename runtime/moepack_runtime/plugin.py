@@ -55,7 +55,7 @@ class PackRuntime:
         _check_layers(pack, adapters)
         for adapter in adapters:
             adapter.strip()
-        self.engine = select(options.engine, options.activations)
+        self.engine = select(options.engine, options.activations, options.threads)
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats

@@ -363,23 +363,25 @@ def _library() -> ctypes.CDLL:
 
 
 def _check_bytes(packed: Tensor, wanted: int, where: str) -> None:
-    if packed.dtype != torch.uint8 or packed.device.type != "cpu":
+    if packed.dtype is not torch.uint8 or not packed.is_cpu:
         raise TypeError(f"packed bytes must be uint8 on the CPU, not {packed.dtype}")
     if not packed.is_contiguous():
         raise ValueError("packed bytes must be contiguous")
-    if packed.numel() < wanted:
-        raise FormatError(
-            "packed bytes are too short", where=where, wanted=wanted, got=packed.numel()
-        )
+    size = packed.numel()
+    if size < wanted:
+        raise FormatError("packed bytes are too short", where=where, wanted=wanted, got=size)
 
 
-def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if values.dtype != torch.float32 or values.device.type != "cpu":
+def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> int:
+    """Check, and return the address."""
+    if values.dtype is not torch.float32 or not values.is_cpu:
         raise TypeError(f"{name} must be float32 on the CPU, not {values.dtype}")
     if values.shape != shape or not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(values.shape)}")
-    if values.data_ptr() % 4:
+    address = values.data_ptr()
+    if address % 4:
         raise ValueError(f"{name} does not start at a multiple of 4 bytes")
+    return address
 
 
 def _check(status: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from moepack_formats.errors import UsageError
-from moepack_runtime.options import IO_MODES, format_size, parse_size
+from moepack_runtime.options import ACTIVATIONS, ENGINES, IO_MODES, format_size, parse_size
 from moepack_runtime.policies import policy_names
 from moepack_runtime.statistics import Statistics
 
@@ -42,6 +42,20 @@ def runtime_options(function: F) -> F:
             default="auto",
             show_default=True,
             help="Where to compute. This version computes on the CPU.",
+        ),
+        click.option(
+            "--activations",
+            type=click.Choice(ACTIVATIONS),
+            default="int8",
+            show_default=True,
+            help="Inputs of packed matrices: rounded to 8 bits, or exact and slower.",
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(ENGINES),
+            default="auto",
+            show_default=True,
+            help="What computes with packed weights; auto is native where it was built.",
         ),
         click.option(
             "--policy",
@@ -90,6 +104,8 @@ def load(
     policy: str,
     device: str,
     threads: int | None,
+    engine: str,
+    activations: str,
 ) -> Any:
     """Load a pack for a command, fetching it first if ``pack`` is a Hub id.
 
@@ -105,9 +121,20 @@ def load(
     from moepack_runtime.loading import load_pack
 
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(threads or physical_cores())
+    threads = threads or physical_cores()
+    torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    return load_pack(pack, revision=revision, ram=ram, io=io, prefetch=prefetch, policy=policy)
+    return load_pack(
+        pack,
+        revision=revision,
+        ram=ram,
+        io=io,
+        prefetch=prefetch,
+        policy=policy,
+        engine=engine,
+        activations=activations,
+        threads=threads,
+    )
 
 
 def physical_cores() -> int:

@@ -32,7 +32,7 @@ int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
   int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
   int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
   const TileFn* walk = kernels().tile[scheme][int8];
-  int64_t each = chunk_tiles(tile_nbytes, tiles, threads);
+  int64_t each = chunk_pieces(tile_nbytes, tiles, threads);
   for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
     alignas(64) float out[kMaxTokens * kTileRows];
     int64_t end = (chunk + 1) * each < tiles ? (chunk + 1) * each : tiles;
@@ -63,7 +63,7 @@ int32_t moepack_decode(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
     if (tile < 0 || (tile + 1) * tile_nbytes > nbytes) return MOEPACK_SHORT_BUFFER;
   }
   auto decode = kernels().decode_tile[scheme];
-  int64_t each = chunk_tiles(tile_nbytes, count, threads);
+  int64_t each = chunk_pieces(tile_nbytes, count, threads);
   for_chunks(threads, ceil_div(count, each), [&](int64_t chunk) {
     static thread_local Scratch scratch;
     scratch.reset(kTileRows * cols * 4);

@@ -69,7 +69,7 @@ int32_t check(const Layer& layer, int64_t experts) {
   for (int64_t e = 0; e < experts; ++e) {
     const moepack_layout& at = *layer.layouts[e];
     if (layer.records[e] == nullptr || at.first_scheme < 0 || at.first_scheme >= kSchemes ||
-        at.down_scheme < 0 || at.down_scheme >= kSchemes || at.first < 0 || at.down < 0)
+        at.down_scheme < 0 || at.down_scheme >= kSchemes || at.first < 0 || at.down <= at.first)
       return MOEPACK_BAD_ARGUMENT;
     int64_t parts = layer.gated ? 2 : 1;
     int64_t vector = ceil_div(layer.intermediate, kTileRows) * kTileRows * 4 * parts;
@@ -108,18 +108,20 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   fill_row(x, hidden, int8, floats, input);
   for (int64_t e = 0; e < count; ++e) h[e] = take_row(scratch, intermediate);
 
-  // 64 outputs of gate and up are some 50-200 KB of a record, read front to back.
-  int64_t blocks = ceil_div(intermediate, kBlockCols);
-  for_chunks(threads, count * blocks, [&](int64_t chunk) {
-    int64_t e = chunk / blocks;
-    intermediate_block(layer, e, chunk % blocks, input, h[e]);
+  int64_t blocks = ceil_div(intermediate, kBlockCols), units = count * blocks, nbytes = 0;
+  for (int64_t e = 0; e < count; ++e) nbytes += layouts[e]->down - layouts[e]->first;
+  int64_t each = count == 0 ? 1 : chunk_pieces(ceil_div(nbytes, units), units, threads);
+  for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
+    int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
+    for (int64_t u = chunk * each; u < end; ++u)
+      intermediate_block(layer, u / blocks, u % blocks, input, h[u / blocks]);
   });
   // Every output is summed by one thread in the order of the experts: the same bits for any number
   // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
   int64_t tiles = ceil_div(hidden, kTileRows), tile_nbytes = 0;
   for (int64_t e = 0; e < count; ++e)
     tile_nbytes += kFormats[layouts[e]->down_scheme].tile_nbytes(intermediate);
-  int64_t each = chunk_tiles(tile_nbytes, tiles, threads);
+  each = count == 0 ? tiles : chunk_pieces(tile_nbytes, tiles, threads);
   for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
     int64_t begin = chunk * each, end = begin + each < tiles ? begin + each : tiles;
     int64_t last = end * kTileRows < hidden ? end * kTileRows : hidden;

@@ -65,14 +65,18 @@ inline void fill_row(const float* x, int64_t cols, bool int8, bool floats, Row& 
   }
 }
 
-// Tiles of a chunk: enough bytes in a row for prefetching to pay, and some chunks for each thread, so
-// that one that loses its core for a moment does not hold up the others.
-inline int64_t chunk_tiles(int64_t tile_nbytes, int64_t tiles, int threads) {
+// A chunk this small takes a thread about as long as waking another one.
+constexpr int64_t kSmallChunk = 32 << 10;
+
+// Pieces of some bytes each that make a chunk: enough in a row for prefetching to pay, and some chunks
+// for each thread, so that one that loses its core for a moment does not hold up the others.
+inline int64_t chunk_pieces(int64_t piece_nbytes, int64_t pieces, int threads) {
   constexpr int64_t wanted_nbytes = 384 << 10, wanted_chunks = 4;
-  int64_t by_bytes = ceil_div(wanted_nbytes, tile_nbytes);
-  int64_t by_count = ceil_div(tiles, wanted_chunks * threads);
+  int64_t by_bytes = ceil_div(wanted_nbytes, piece_nbytes);
+  int64_t by_count = ceil_div(pieces, wanted_chunks * threads);
   int64_t each = by_bytes < by_count ? by_bytes : by_count;
-  return each < 1 ? 1 : each;
+  int64_t least = ceil_div(kSmallChunk, piece_nbytes);
+  return each < least ? least : each;
 }
 
 }  // namespace moepack

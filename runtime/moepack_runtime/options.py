@@ -35,6 +35,7 @@ class RuntimeOptions:
             native where it was built.
         activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
             bits; see :func:`moepack_runtime.kernels.select`.
+        threads: Threads of the native kernels; None for as many as torch has.
     """
 
     ram: int | None = None
@@ -44,10 +45,13 @@ class RuntimeOptions:
     io_threads: int = 2
     engine: str = "auto"
     activations: str = "int8"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:
             raise UsageError("unknown I/O mode", wanted=" or ".join(IO_MODES), got=self.io)
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("too few threads", wanted="1 or more", got=self.threads)
         if self.io_threads < 1:
             raise UsageError("too few I/O threads", wanted="1 or more", got=self.io_threads)
         for name, value, known in (

@@ -62,7 +62,7 @@ class PackRuntime:
         _check_layers(model, pack, adapters)
         for adapter in adapters:
             adapter.strip()
-        self.engine = select(options.engine, options.activations)
+        self.engine = select(options.engine, options.activations, options.threads)
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
         self.residency: Residency = open_residency(

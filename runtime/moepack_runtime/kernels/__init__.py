@@ -82,7 +82,7 @@ class Engine(Protocol):
         """A layer in one call, where this engine has one for the module's activation."""
 
 
-def select(engine: str = "auto", activations: str = "int8") -> Engine:
+def select(engine: str = "auto", activations: str = "int8", threads: int | None = None) -> Engine:
     """Choose what computes.
 
     Args:
@@ -90,6 +90,9 @@ def select(engine: str = "auto", activations: str = "int8") -> Engine:
             environment variable ``MOEPACK_ENGINE`` says what ``auto`` stands for.
         activations: ``int8`` rounds the inputs of quantized matrices, at a few tokens, to 8 bits
             (0.5-1% of relative error, several times faster); ``float`` does not.
+        threads: Threads of the native kernels; None for as many as torch has. They are not
+            torch's: with torch itself at one thread, which is enough between the matrices of a
+            token, nothing competes with them.
 
     Raises:
         UsageError: No such engine, or the native library was asked for and is not there.
@@ -110,7 +113,7 @@ def select(engine: str = "auto", activations: str = "int8") -> Engine:
     elif native.available() is None:
         raise UsageError(native.why_not(), remedy="install again with a C++17 compiler")
     else:
-        chosen = NativeEngine(int8=activations == "int8")
+        chosen = NativeEngine(int8=activations == "int8", threads=threads)
     _log.info("packed weights are computed with by: %s", chosen.name)
     return chosen
 

@@ -165,11 +165,11 @@ def linear(
         ValueError: A tensor has another shape or is not contiguous.
     """
     rows, cols = shape
-    _check_bytes(packed, scheme.packed_nbytes(rows, cols), scheme.name)
-    _check_floats(x, (len(x), cols), "x")
-    if bias is not None:
-        _check_floats(bias, (rows,), "bias")
-    y = x.new_empty(len(x), rows)
+    tokens = x.shape[0]
+    _check_bytes(packed, _packed_nbytes(scheme.name, rows, cols), scheme.name)
+    x_address = _check_floats(x, (tokens, cols), "x")
+    bias_address = None if bias is None else _check_floats(bias, (rows,), "bias")
+    y = torch.empty(tokens, rows)
     _check(
         _library().moepack_linear(
             _SCHEME_NUMBERS[scheme.name],
@@ -177,9 +177,9 @@ def linear(
             packed.numel(),
             rows,
             cols,
-            x.data_ptr(),
-            len(x),
-            None if bias is None else bias.data_ptr(),
+            x_address,
+            tokens,
+            bias_address,
             y.data_ptr(),
             int8,
             threads,
@@ -268,7 +268,8 @@ class FusedExperts:
         self._sizes = hidden, intermediate
         self._gated = gated
         self._activation = _Activation(ACTIVATION_KINDS.index(kind), *numbers)
-        self._layouts: dict[RecordSpec, _Layout] = {}
+        # By identity: hashing a spec takes as long as the rest of the call's preparation.
+        self._layouts: dict[int, tuple[RecordSpec, _Layout]] = {}
 
     def __call__(
         self,
@@ -302,25 +303,25 @@ class FusedExperts:
             ValueError: A tensor has another shape or is not contiguous.
         """
         count, (hidden, intermediate) = len(records), self._sizes
-        _check_floats(x, (hidden,), "x")
-        _check_floats(weights, (count,), "weights")
+        x_address = _check_floats(x, (hidden,), "x")
+        weights_address = _check_floats(weights, (count,), "weights")
         for record, spec in zip(records, specs, strict=True):
             _check_bytes(record, spec.payload_nbytes, "record")
         if outputs is not None:
             _check_floats(outputs, (count, hidden), "outputs")
-        y = x.new_empty(hidden) if outputs is None else None
+        y = torch.empty(hidden) if outputs is None else None
         pointers = _POINTER * count
         _check(
             _library().moepack_experts(
                 pointers(*(record.data_ptr() for record in records)),
                 pointers(*(ctypes.addressof(self._layout(spec)) for spec in specs)),
-                weights.data_ptr(),
+                weights_address,
                 count,
                 hidden,
                 intermediate,
                 ctypes.addressof(self._activation),
                 self._gated,
-                x.data_ptr(),
+                x_address,
                 None if y is None else y.data_ptr(),
                 None if outputs is None else outputs.data_ptr(),
                 int8,
@@ -332,8 +333,8 @@ class FusedExperts:
         return result
 
     def _layout(self, spec: RecordSpec) -> _Layout:
-        layout = self._layouts.get(spec)
-        if layout is None:
+        known = self._layouts.get(id(spec))
+        if known is None:
             first = "gate_up" if self._gated else "up"
             offsets = [
                 -1 if tensor is None else tensor.offset
@@ -343,8 +344,10 @@ class FusedExperts:
                 -1 if tensor is None else _SCHEME_NUMBERS[tensor.scheme]
                 for tensor in map(spec.tensor, (first, "down"))
             ]
-            layout = self._layouts[spec] = _Layout(*schemes, *offsets, spec.payload_nbytes)
-        return layout
+            # Kept with the spec, so that its identity is not given to another one.
+            known = spec, _Layout(*schemes, *offsets, spec.payload_nbytes)
+            self._layouts[id(spec)] = known
+        return known[1]
 
 
 def sum_rows(rows: Tensor) -> Tensor:
@@ -355,6 +358,11 @@ def sum_rows(rows: Tensor) -> Tensor:
     return y
 
 
+@functools.cache
+def _packed_nbytes(scheme: str, rows: int, cols: int) -> int:
+    return SCHEMES[scheme].packed_nbytes(rows, cols)
+
+
 def _library() -> ctypes.CDLL:
     library = _load()
     if isinstance(library, str):
@@ -363,23 +371,25 @@ def _library() -> ctypes.CDLL:
 
 
 def _check_bytes(packed: Tensor, wanted: int, where: str) -> None:
-    if packed.dtype != torch.uint8 or packed.device.type != "cpu":
+    if packed.dtype is not torch.uint8 or not packed.is_cpu:
         raise TypeError(f"packed bytes must be uint8 on the CPU, not {packed.dtype}")
     if not packed.is_contiguous():
         raise ValueError("packed bytes must be contiguous")
-    if packed.numel() < wanted:
-        raise FormatError(
-            "packed bytes are too short", where=where, wanted=wanted, got=packed.numel()
-        )
+    size = packed.numel()
+    if size < wanted:
+        raise FormatError("packed bytes are too short", where=where, wanted=wanted, got=size)
 
 
-def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if values.dtype != torch.float32 or values.device.type != "cpu":
+def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> int:
+    """Check, and return the address."""
+    if values.dtype is not torch.float32 or not values.is_cpu:
         raise TypeError(f"{name} must be float32 on the CPU, not {values.dtype}")
     if values.shape != shape or not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(values.shape)}")
-    if values.data_ptr() % 4:
+    address = values.data_ptr()
+    if address % 4:
         raise ValueError(f"{name} does not start at a multiple of 4 bytes")
+    return address
 
 
 def _check(status: int) -> None:

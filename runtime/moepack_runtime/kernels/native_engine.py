@@ -28,10 +28,15 @@ class NativeEngine:
 
     Args:
         int8: Whether activations are rounded to 8 bits, see :func:`moepack_runtime.kernels.select`.
+        threads: How many compute; None for as many as torch has.
     """
 
-    def __init__(self, *, int8: bool) -> None:
-        self._int8 = int8
+    def __init__(self, *, int8: bool, threads: int | None = None) -> None:
+        self._int8, self._own_threads = int8, threads
+
+    @property
+    def _threads(self) -> int:
+        return self._own_threads or torch.get_num_threads()
 
     @property
     def name(self) -> str:
@@ -57,7 +62,7 @@ class NativeEngine:
             shape,
             None if bias is None else bias.float(),
             int8=self._int8,
-            threads=torch.get_num_threads(),
+            threads=self._threads,
         )
         return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
 
@@ -71,8 +76,9 @@ class NativeEngine:
     ) -> Tensor:
         """See :class:`moepack_runtime.kernels.Engine`."""
         rows = shape[0] if tiles is None else TILE_ROWS * len(tiles)
-        threads = torch.get_num_threads()
-        return native.decode(packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=threads)
+        return native.decode(
+            packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=self._threads
+        )
 
     def expert(
         self, record: Tensor, spec: RecordSpec, adapter: ExpertsAdapter, x: Tensor
@@ -90,7 +96,7 @@ class NativeEngine:
         fused = native.FusedExperts(
             adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
         )
-        return _OneToken(fused, self._int8)
+        return _OneToken(fused, self._int8, self._own_threads)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -125,8 +131,8 @@ class NativeEngine:
 class _OneToken:
     """See :class:`moepack_runtime.kernels.OneToken`."""
 
-    def __init__(self, fused: native.FusedExperts, int8: bool) -> None:
-        self._fused, self._int8 = fused, int8
+    def __init__(self, fused: native.FusedExperts, int8: bool, threads: int | None) -> None:
+        self._fused, self._int8, self._threads = fused, int8, threads
 
     def __call__(
         self,
@@ -136,7 +142,7 @@ class _OneToken:
         weights: Tensor,
         outputs: Tensor | None = None,
     ) -> Tensor:
-        threads = torch.get_num_threads()
+        threads = self._threads or torch.get_num_threads()
         return self._fused(
             x, records, specs, weights, int8=self._int8, threads=threads, outputs=outputs
         )

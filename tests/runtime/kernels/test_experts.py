@@ -92,18 +92,13 @@ def test_mixed_precision(isa: str) -> None:
 
 
 def test_threads_change_no_bit(isa: str) -> None:
-    adapter = FakeAdapter(320, 192, ACTIVATIONS["silu"][0])
-    arguments = layer(*[plan_record(320, 192, "q3g32s4", "q3g32s4")] * 5)
-    x, before = torch.randn(320), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            fused = FAST.one_token(adapter)  # type: ignore[arg-type]
-            assert fused is not None
-            results.append(fused(x, *arguments))
-    finally:
-        torch.set_num_threads(before)
+    adapter = FakeAdapter(640, 512, ACTIVATIONS["silu"][0])
+    arguments = layer(*[plan_record(640, 512, "q3g32s4", "q3g32s4")] * 5)
+    x, results = torch.randn(640), []
+    for threads in (1, 2, 3):
+        fused = NativeEngine(int8=True, threads=threads).one_token(adapter)  # type: ignore[arg-type]
+        assert fused is not None
+        results.append(fused(x, *arguments))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -45,8 +45,8 @@ def test_int8_activations_are_within_one_percent(isa: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["q2g16s4", "q4g64", "bf16"])
 @pytest.mark.parametrize("int8", [False, True])
 def test_threads_change_no_bit(isa: str, name: str, int8: bool) -> None:
-    scheme, shape = SCHEMES[name], (100, 320)
-    data, x = packed(scheme, *shape), torch.randn(3, 320)
+    scheme, shape = SCHEMES[name], (1000, 640)
+    data, x = packed(scheme, *shape), torch.randn(3, 640)
     one, two, three, many = (
         native.linear(x, data, scheme, shape, None, int8=int8, threads=threads)
         for threads in (1, 2, 3, 64)

@@ -13,7 +13,7 @@ import moepack
 _COMMANDS = {
     "bench": "Measure decode and prefill speed of a pack.",
     "convert": "Convert a Mixture-of-Experts checkpoint into a pack.",
-    "eval": "Measure the perplexity of a pack on a text.",
+    "eval": "Measure the perplexity of a pack on a text, and its divergence from its source.",
     "generate": "Write text with a pack.",
     "inspect": "Show what a pack holds.",
     "verify": "Check every byte of a pack.",

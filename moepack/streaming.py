@@ -43,19 +43,24 @@ Transform = Callable[[str, Tensor], Tensor]
 
 
 class Observer(Protocol):
-    """Is told what reaches the experts."""
+    """Is told what reaches the experts and what leaves the layers."""
 
-    def expert_inputs(
-        self, layer: int, expert: int, x: Tensor, inner: Tensor, weights: Tensor
-    ) -> None:
-        """One expert's share of a batch.
+    def experts_called(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """A batch has reached a MoE layer's experts.
 
         Args:
             layer: Ordinal of the MoE layer.
-            expert: The expert.
-            x: ``[N, H]`` float32, what enters gate and up.
-            inner: ``[N, I]`` float32, what enters down.
-            weights: ``[N]`` float32, the router's weights.
+            hidden: ``[N, H]`` float32, what enters gate and up.
+            index: ``[N, K]`` the experts of each token; one that does not exist is an empty place.
+            weights: ``[N, K]`` the router's weights.
+        """
+
+    def layer_left(self, layer: int, hidden: Tensor) -> None:
+        """A batch has passed a decoder layer with experts.
+
+        Args:
+            layer: Ordinal of the MoE layer.
+            hidden: ``[B, T, H]`` float32, the residual stream behind it.
         """
 
     def layer_finished(self, layer: int) -> None:
@@ -137,7 +142,9 @@ class StreamedModel:
                     if call is None or call.layer != name:
                         raise UsageError("the model's layers depend on its input", where=name)
                     with torch.no_grad():
-                        asked[i] = threads[i].answer(own[name](*call.args, **call.kwargs))
+                        value = own[name](*call.args, **call.kwargs)
+                    self._tell_left(name, value)
+                    asked[i] = threads[i].answer(value)
                 self._drop_layer(name)
                 passed += 1
                 if progress is not None:
@@ -165,6 +172,8 @@ class StreamedModel:
         self, layer: int, adapter: ExpertsAdapter, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         """The experts of a layer: ``hidden`` [N, H], ``index`` and ``weights`` [N, K]."""
+        if self._observer is not None:
+            self._observer.experts_called(layer, hidden, index, weights)
         choices = index.shape[1]
         chosen, shares = index.reshape(-1), weights.reshape(-1, 1).to(torch.float32)
         outputs = hidden.new_zeros(len(chosen), hidden.shape[-1])
@@ -177,8 +186,6 @@ class StreamedModel:
             if "gate" in parts:
                 up = torch.cat([F.linear(x, parts["gate"], parts.get("gate_bias")), up], dim=-1)
             inner = adapter.activate(up)
-            if self._observer is not None:
-                self._observer.expert_inputs(layer, expert, x, inner, shares[places, 0])
             y = adapter.finish(F.linear(inner, parts["down"], parts.get("down_bias")))
             outputs[places] = y * shares[places]
         return outputs.view(len(index), choices, -1).sum(dim=1)
@@ -210,9 +217,19 @@ class StreamedModel:
                     if tensor is not None and leaf not in module._non_persistent_buffers_set:
                         table[leaf] = _like(tensor, tensor.to("meta"))
         if self._observer is not None:
-            for layer, adapter in enumerate(self.adapters):
-                if adapter.name.startswith(f"{name}."):
-                    self._observer.layer_finished(layer)
+            for layer in self._experts_in(name):
+                self._observer.layer_finished(layer)
+
+    def _experts_in(self, name: str) -> list[int]:
+        """Ordinals of the MoE layers that are a part of this decoder layer."""
+        prefix = f"{name}."
+        return [i for i, adapter in enumerate(self.adapters) if adapter.name.startswith(prefix)]
+
+    def _tell_left(self, name: str, value: Any) -> None:
+        if self._observer is not None:
+            hidden = value if isinstance(value, Tensor) else value[0]
+            for layer in self._experts_in(name):
+                self._observer.layer_left(layer, hidden)
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
         for name, value in self._mapping.trunk(wanted=wanted):

@@ -34,16 +34,18 @@ class Counting:
     """Counts what an observer is told."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[int, int], int] = {}
+        self.rows: dict[int, int] = {}
+        self.left: dict[int, int] = {}
         self.finished: list[int] = []
 
-    def expert_inputs(
-        self, layer: int, expert: int, x: Tensor, inner: Tensor, weights: Tensor
-    ) -> None:
-        assert x.shape == (len(weights), 64)
-        assert inner.shape == (len(weights), 40)
+    def experts_called(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        assert index.shape == weights.shape == (len(hidden), 2)
         assert layer == len(self.finished)
-        self.rows[layer, expert] = self.rows.get((layer, expert), 0) + len(x)
+        self.rows[layer] = self.rows.get(layer, 0) + len(hidden)
+
+    def layer_left(self, layer: int, hidden: Tensor) -> None:
+        assert hidden.shape[2] == 64
+        self.left[layer] = self.left.get(layer, 0) + hidden.shape[0] * hidden.shape[1]
 
     def layer_finished(self, layer: int) -> None:
         self.finished.append(layer)
@@ -72,8 +74,7 @@ def test_one_layer_at_a_time_and_every_token_seen(tmp_path: Path) -> None:
         list(streamed.run([families.tokens(2, 9), families.tokens(1, 4)], progress))
     assert passed == [1, 2, 3]
     assert observer.finished == [0, 1, 2]
-    for layer in range(3):
-        assert sum(n for (at, _), n in observer.rows.items() if at == layer) == 2 * (18 + 4)
+    assert observer.rows == observer.left == dict.fromkeys(range(3), 18 + 4)
 
 
 def test_changed_weights_are_used(tmp_path: Path) -> None:

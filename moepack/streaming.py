@@ -15,6 +15,7 @@ token, H hidden size, I intermediate size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class StreamedModel:
         self.model.set_experts_implementation(IMPLEMENTATION)
         self._layers = _decoder_layers(self.model, self.adapters)
         self._experts: dict[tuple[int, int], Parts] = {}
+        self._own: dict[str, Callable[..., Any]] = {}
         self._load_rest()
 
     @property
@@ -117,7 +119,7 @@ class StreamedModel:
         return self.model.config
 
     def run(
-        self, batches: Sequence[Tensor], progress: Callable[..., Any] | None = None
+        self, batches: Sequence[Tensor], progress: Callable[[int], Any] | None = None
     ) -> Iterator[Tensor]:
         """Logits of every batch, in order.
 
@@ -128,34 +130,51 @@ class StreamedModel:
         Yields:
             ``[B, T, V]`` float32.
         """
-        own = {name: module.forward for name, module in self._layers.items()}
+        with self._threads(batches) as threads:
+            self._pass(threads, progress)
+            for thread in threads:
+                yield thread.logits()
+
+    def pass_layers(
+        self, batches: Sequence[Tensor], progress: Callable[[int], Any] | None = None
+    ) -> None:
+        """As ``run``, for the observer alone: no logits are computed."""
+        with self._threads(batches) as threads:
+            self._pass(threads, progress)
+
+    @contextlib.contextmanager
+    def _threads(self, batches: Sequence[Tensor]) -> Iterator[list[_Batch]]:
+        """A thread per batch; and the decoder layers hand their calls over."""
         threads = [_Batch(self.model, ids) for ids in batches]
+        self._own = {name: module.forward for name, module in self._layers.items()}
         try:
             for name, module in self._layers.items():
                 cast(Any, module).forward = _Stop(name)
-            asked = [thread.start() for thread in threads]
-            passed = 0
-            while any(call is not None for call in asked):
-                name = next(call.layer for call in asked if call is not None)
-                self._load_layer(name)
-                for i, call in enumerate(asked):
-                    if call is None or call.layer != name:
-                        raise UsageError("the model's layers depend on its input", where=name)
-                    with torch.no_grad():
-                        value = own[name](*call.args, **call.kwargs)
-                    self._tell_left(name, value)
-                    asked[i] = threads[i].answer(value)
-                self._drop_layer(name)
-                passed += 1
-                if progress is not None:
-                    progress(passed)
-            for thread in threads:
-                yield thread.logits()
+            yield threads
         finally:
             for thread in threads:
                 thread.stop()
             for module in self._layers.values():
                 module.__dict__.pop("forward", None)
+
+    def _pass(self, threads: Sequence[_Batch], progress: Callable[[int], Any] | None) -> None:
+        """Bring all batches through all decoder layers."""
+        asked = [thread.start() for thread in threads]
+        passed = 0
+        while any(call is not None for call in asked):
+            name = next(call.layer for call in asked if call is not None)
+            self._load_layer(name)
+            for i, call in enumerate(asked):
+                if call is None or call.layer != name:
+                    raise UsageError("the model's layers depend on its input", where=name)
+                with torch.no_grad():
+                    value = self._own[name](*call.args, **call.kwargs)
+                self._tell_left(name, value)
+                asked[i] = threads[i].answer(value)
+            self._drop_layer(name)
+            passed += 1
+            if progress is not None:
+                progress(passed)
 
     def expert(self, layer: int, expert: int) -> Parts:
         """An expert of the decoder layer in work, float32."""

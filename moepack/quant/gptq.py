@@ -54,7 +54,9 @@ class ErrorFeedback:
         """See ``InputAwareQuantizer.quantize_for``."""
         if inputs.products is None:
             return hqq.QUANTIZER.quantize_for(weight, scheme, inputs)
-        (upper,) = in_workers([partial(_factor, inputs.products)])
+        if self.name not in inputs.derived:
+            (inputs.derived[self.name],) = in_workers([partial(_factor, inputs.products)])
+        upper = inputs.derived[self.name]
         rows, cols = weight.shape
         codes = torch.empty((rows, cols), dtype=torch.uint8)
         chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]

@@ -5,7 +5,7 @@ Shape letters: N tokens, C cols (inputs) of the matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class InputMoments:
         squares: ``[C]`` float32, the mean of each input's square.
         products: ``[C, C]`` float32, the mean of ``x x^T``; None when it was not gathered.
         tokens: Over how many inputs.
+        derived: What quantizers have computed from the products; gate and up share their inputs.
     """
 
     squares: Tensor
     products: Tensor | None
     tokens: int
+    derived: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, inputs: Tensor, weights: Tensor | None = None, *, full: bool) -> InputMoments:

@@ -187,7 +187,7 @@ def record(
         ids: ``[T]`` token ids.
         folder: Created; what an interrupted run left there is cleared.
         fingerprint: Names the source; the text is added to it.
-        notice: Is told how far it has come.
+        notice: Is told what is being done.
 
     Raises:
         UsageError: The text has no two tokens.
@@ -205,11 +205,10 @@ def record(
     if not runs:
         raise UsageError("the calibration text is too short", wanted="two tokens", got=len(ids))
 
-    def passed(count: int) -> None:
-        if notice is not None:
-            notice(f"calibration: {count} layers done")
-
-    streamed.pass_layers(runs, passed)
+    if notice is not None:
+        count = sum(run.numel() for run in runs)
+        notice(f"running {count} tokens through the source, layer by layer")
+    streamed.pass_layers(runs)
     summary = {
         "fingerprint": fingerprint + text,
         "tokens": sum(run.numel() for run in runs),

@@ -37,6 +37,8 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
+from .calibrated import calibrate, choose_schemes, forget, needs_products, text_digest
+from .calibration import Calibration, ExpertInputs
 from .model_files import model_card, write_model_files
 from .options import scheme_of_bits
 from .output_folder import check_space, check_usable, clear_old_pack, locked
@@ -95,8 +97,11 @@ def convert(
         with closing(Journal(out, fingerprint(plan))) as journal:
             done = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             check_space(out, plan.nbytes + _SMALL_FILES_NBYTES - done)
+            calibration = calibrate(plan, out, progress)
+            plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
-            manifest = _Conversion(plan, out, quantizer, journal, progress).run()
+            manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()
+            forget(out)
             osio.write_file(out / MANIFEST_NAME, to_json(manifest))
             journal.remove()
     return manifest
@@ -116,6 +121,7 @@ def fingerprint(plan: ConversionPlan) -> str:
         "config": plan.checkpoint.config,
         "options": asdict(plan.options),
         "files": stamps,
+        "text": None if plan.options.calibrate is None else text_digest(plan.options.calibrate),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -130,7 +136,9 @@ class _Conversion:
         quantizer: Quantizer,
         journal: Journal,
         progress: Progress,
+        calibration: Calibration | None = None,
     ) -> None:
+        self.calibration = calibration
         self.plan, self.out, self.quantizer = plan, out, quantizer
         self.journal, self.progress = journal, progress
         self.files: dict[str, FileEntry] = {}
@@ -169,9 +177,21 @@ class _Conversion:
         parts = _read_ahead(experts, lambda e: self.plan.mapping.experts(adapter, e))
         for expert, tensors in parts:
             spec = layer.specs[layer.spec_of[expert]]
-            yield expert, self._record(spec, tensors, f"{adapter.name}, expert {expert}")
+            inputs = None
+            if self.calibration is not None:
+                inputs = self.calibration.expert(
+                    layer.index, expert, tensors, adapter, full=needs_products(self.quantizer)
+                )
+            where = f"{adapter.name}, expert {expert}"
+            yield expert, self._record(spec, tensors, where, inputs)
 
-    def _record(self, spec: RecordSpec, tensors: dict[str, Tensor], where: str) -> Bytes:
+    def _record(
+        self,
+        spec: RecordSpec,
+        tensors: dict[str, Tensor],
+        where: str,
+        inputs: ExpertInputs | None,
+    ) -> Bytes:
         first = "gate_up" if "gate" in tensors else "up"
         schemes = {"down": "down", "gate": first, "up": first}
         parts: dict[str, Part] = {}
@@ -183,7 +203,13 @@ class _Conversion:
                 continue
             planned = spec.tensor(schemes[name])
             scheme = get_scheme(planned.scheme if planned is not None else "")
-            parts[name] = quantize_matrix(tensor, scheme, self.quantizer, where=place)
+            parts[name] = quantize_matrix(
+                tensor,
+                scheme,
+                self.quantizer,
+                where=place,
+                inputs=None if inputs is None else inputs.of(name),
+            )
         return pack_record(spec, parts)
 
     def _trunk(self) -> None:

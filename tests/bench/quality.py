@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import kquants
 import quality_report
 
+from moepack.convert import mixed
 from moepack.convert.calibration import Calibration, record
 from moepack.convert.checkpoint import open_checkpoint
 from moepack.convert.mapping import WeightMapping
@@ -43,8 +45,11 @@ from moepack_formats.schemes import get_scheme
 
 RESULTS = Path("docs/quality")
 
-RoundTrip = Callable[[Tensor, InputMoments | None], tuple[Tensor, float]]
-"""A matrix and its inputs' moments -> its values, and the bits it takes."""
+Place = tuple[int, int, str]
+"""Layer, expert, and ``gate``, ``up`` or ``down``."""
+
+RoundTrip = Callable[[Place, Tensor, InputMoments | None], tuple[Tensor, float]]
+"""Where a matrix is, itself and its inputs' moments -> its values, and the bits it takes."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def variants() -> Iterator[Variant]:
 def _own(quantizer: str, scheme: str, *, calibrated: bool) -> Variant:
     chosen, stored = get_quantizer(quantizer), get_scheme(scheme)
 
-    def round_trip(weight: Tensor, inputs: InputMoments | None) -> tuple[Tensor, float]:
+    def round_trip(_: Place, weight: Tensor, inputs: InputMoments | None) -> tuple[Tensor, float]:
         matrix = quantize_matrix(weight, stored, chosen, inputs=inputs)
         bits = stored.packed_nbytes(*matrix.shape) * 8
         return torch.from_numpy(dequantize(matrix)), bits
@@ -114,13 +119,21 @@ def _own(quantizer: str, scheme: str, *, calibrated: bool) -> Variant:
 
 
 def _ggml(kind: str, *, calibrated: bool) -> Variant:
-    def round_trip(weight: Tensor, inputs: InputMoments | None) -> tuple[Tensor, float]:
+    def round_trip(_: Place, weight: Tensor, inputs: InputMoments | None) -> tuple[Tensor, float]:
         importance = None if inputs is None else inputs.squares
         values = kquants.round_trip(weight, kind, importance)
         return values, kquants.true_bits(kind) * weight.numel()
 
     suffix = " + importance" if calibrated else ""
     return Variant(f"{kind}{suffix}", calibrated, False, round_trip)
+
+
+MIXTURES = {
+    "mixed 2.6": (2.6, "gptq"),
+    "mixed 3.0": (3.0, "gptq"),
+    "mixed 2.6 uncalibrated": (2.6, "hqq"),
+    "mixed 2.7 uncalibrated": (2.7, "hqq"),
+}
 
 
 class Bench:
@@ -152,6 +165,34 @@ class Bench:
         streamed = StreamedModel(self.checkpoint, mapping=self.mapping, experts=experts)
         return streamed.run([run[None] for run in self.runs])
 
+    def mixed(self, name: str, bits: float, quantizer: str) -> Variant:
+        """A mixture of schemes of at most so many bits, chosen with the calibration or without."""
+        calibrated = quantizer == "gptq"
+        found = mixed.measure(self.mapping, self.calibration if calibrated else None, quantizer)
+        adapters = self.mapping.adapters
+        weights = sum(
+            (2 + a.gated) * a.hidden_size * a.intermediate_size * a.num_experts for a in adapters
+        )
+        layers = mixed.mix(adapters, found, int(bits * weights / 8))
+        print(layers.line, file=sys.stderr)
+        chosen = get_quantizer(quantizer)
+
+        def round_trip(
+            place: Place, weight: Tensor, inputs: InputMoments | None
+        ) -> tuple[Tensor, float]:
+            layer, expert, part = place
+            plan = layers.layers[layer]
+            spec = plan.specs[plan.spec_of[expert]]
+            first = "gate_up" if adapters[layer].gated else "up"
+            planned = spec.tensor("down" if part == "down" else first)
+            assert planned is not None
+            scheme = get_scheme(planned.scheme)
+            matrix = quantize_matrix(weight, scheme, chosen, inputs=inputs)
+            bits = scheme.packed_nbytes(*matrix.shape) * 8
+            return torch.from_numpy(dequantize(matrix)), bits
+
+        return Variant(name, calibrated, calibrated, round_trip)
+
     def measure(self, variant: Variant) -> dict[str, object]:
         """One row of the table."""
         lost = power = bits = weights = seconds = 0.0
@@ -171,7 +212,7 @@ class Bench:
                 weight = parts[name].float()
                 start = time.perf_counter()
                 moments = None if inputs is None else inputs.of(name)
-                values, size = variant.round_trip(parts[name], moments)
+                values, size = variant.round_trip((layer, expert, name), parts[name], moments)
                 seconds += time.perf_counter() - start
                 lost += float((values - weight).square().sum())
                 power += float(weight.square().sum())
@@ -212,25 +253,30 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    name = args.name or args.model.resolve().name
-    path = RESULTS / f"{name}.json"
+    title = args.name or args.model.resolve().name
+    path = RESULTS / f"{title}.json"
     done = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = {row["name"]: row for row in done["rows"]}
+    named: dict[str, Callable[[Bench], Variant]] = {
+        variant.name: lambda _, variant=variant: variant for variant in variants()
+    }
+    for mixture, (bits, quantizer) in MIXTURES.items():
+        named[mixture] = partial(Bench.mixed, name=mixture, bits=bits, quantizer=quantizer)
     wanted = [
-        variant
-        for variant in variants()
-        if not variant.name.startswith(tuple(args.skip))
-        and (variant.name in args.only if args.only else variant.name not in rows)
+        name
+        for name in named
+        if not name.startswith(tuple(args.skip))
+        and (name in args.only if args.only else name not in rows)
     ]
     if not wanted:
         return
     bench = Bench(args.model, args.text, args.calibrate, args)
     with closing(bench.checkpoint):
-        for variant in wanted:
+        for variant in (named[name](bench) for name in wanted):
             row = rows[variant.name] = bench.measure(variant)
             print(quality_report.line(row), file=sys.stderr, flush=True)
             facts = {
-                "model": name,
+                "model": title,
                 "text": args.text.name,
                 "calibrated_on": f"{bench.calibration.tokens} tokens of {args.calibrate.name}",
                 "rows": list(rows.values()),

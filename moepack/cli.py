@@ -16,6 +16,7 @@ _COMMANDS = {
     "eval": "Measure the perplexity of a pack on a text, and its divergence from its source.",
     "generate": "Write text with a pack.",
     "inspect": "Show what a pack holds.",
+    "plan": "Say which recipe fits this machine.",
     "verify": "Check every byte of a pack.",
 }
 

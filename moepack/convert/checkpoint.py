@@ -110,6 +110,24 @@ def open_checkpoint(src: str, *, revision: str | None = None, offline: bool = Fa
     return _open_folder(folder, repo_id=src)
 
 
+def source_config(
+    src: str, *, revision: str | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint; of a Hub id only the small files are downloaded.
+
+    Raises:
+        UsageError: `src` is neither a folder nor a Hub id.
+        IntegrityError: The file is missing or damaged.
+        NetworkError: The Hub could not be reached or refused.
+    """
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        if not _looks_like_repo_id(src):
+            raise UsageError("no such folder, and not a Hub id either", where=src)
+        folder = download(src, revision=revision, offline=offline, check=_settings, weights=False)
+    return read_config(folder)
+
+
 def _looks_like_repo_id(src: str) -> bool:
     odd = ".." in src or "--" in src or src.endswith(".git")
     return not odd and len(src) <= 96 and _REPO_ID.fullmatch(src) is not None

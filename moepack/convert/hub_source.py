@@ -61,7 +61,12 @@ RETRY_SECONDS = (1.0, 4.0, 10.0)
 
 
 def download(
-    repo_id: str, *, revision: str | None, offline: bool, check: Callable[[Path], object]
+    repo_id: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    check: Callable[[Path], object],
+    weights: bool = True,
 ) -> Path:
     """Bring a checkpoint into the Hub cache.
 
@@ -71,6 +76,7 @@ def download(
         offline: Use the cache alone.
         check: Called with the folder once the small files are there and before the weights are
             downloaded; what it raises ends the download.
+        weights: Whether to download them at all.
 
     Returns:
         The snapshot's folder, named after the commit.
@@ -101,6 +107,8 @@ def download(
 
     folder = fetch(revision, SMALL_FILES)
     check(folder)
+    if not weights:
+        return folder
     # From the commit that the small files came from, whatever the branch has become since.
     index = find_index(folder)
     if index is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -20,7 +21,13 @@ _COMMANDS = {
     "verify": "Check every byte of a pack.",
 }
 
-INTERRUPTED = 130
+UNEXPECTED, INTERRUPTED = 1, 130
+
+_DISGUISED: dict[str, OSError | MemoryError] = {
+    "can't allocate memory": MemoryError(),
+    "Too many open files": OSError(errno.EMFILE, ""),
+}
+"""What torch and safetensors say in errors that have no type of their own."""
 
 
 class _Commands(click.Group):
@@ -67,21 +74,25 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         cli.main(args=arguments, prog_name="moepack", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.UsageError as error:
+    except click.ClickException as error:
         error.show()
-        return 2
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort, EOFError):
         return _complain("interrupted", INTERRUPTED, debug)
     except moepack.MoepackError as error:
         return _complain(str(error), error.exit_code, debug)
-    except BrokenPipeError:
-        # The reader of our output has left; a second error while closing it would be noise.
-        sys.stdout = None
+    except SystemExit:
+        # How click ends when the reader of our output has left: nothing is wrong.
         return 0
     except (OSError, MemoryError) as error:
         return _complain(_resource_message(error), 5, debug)
+    except Exception as error:
+        for words, real in _DISGUISED.items():
+            if words in str(error):
+                return _complain(_resource_message(real), 5, debug)
+        first = next(iter(str(error).splitlines()), "")
+        line = f"unexpected {type(error).__name__}: {first}; --debug shows where"
+        return _complain(line, UNEXPECTED, debug)
     return 0
 
 
@@ -95,8 +106,9 @@ def _complain(line: str, code: int, debug: bool) -> int:
 def _resource_message(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; lower --ram or close other programs"
-    where = error.filename or "input/output"
-    return f"{where}: {error.strerror or error}"
+    from moepack_formats.osio import resource_error
+
+    return str(resource_error(error, error.filename or "input/output"))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def command(
         try:
             manifest = convert(plan, out, progress, force=force)
         except KeyboardInterrupt:
-            say("moepack: the same command again resumes this conversion")
+            again = ", without --force," if force else ""
+            say(f"moepack: the same command again{again} resumes this conversion")
             raise
         finally:
             progress.close()

@@ -63,8 +63,12 @@ def command(
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if greedy and sampling:
         raise UsageError("--greedy excludes --temperature, --top-p and --top-k")
+    if system is not None and not (chat or interactive):
+        raise UsageError("--system goes with --chat or --interactive")
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
+    if prompt == "":
+        raise UsageError("the prompt is empty")
 
     model = load(pack, **runtime)
     writer = Writer(pack, model, _generation_options(sampling, greedy, max_new_tokens, seed))
@@ -151,13 +155,21 @@ class Writer:
         """Token ids ``[1, T]`` of a conversation, ready for the assistant's turn.
 
         Raises:
-            UsageError: The model has no chat template.
+            UsageError: The model has no chat template, or one that does not work.
         """
-        if not self._tokenizer.chat_template:
+        if not self.can_chat:
             raise UsageError("the model has no chat template", remedy="leave --chat out")
-        encoded = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:
+            # Templates refuse roles by raising; transformers' sandbox refuses what is unsafe.
+            raise UsageError(
+                "the model's chat template cannot be used",
+                got=f"{type(error).__name__}: {error}",
+                remedy="leave --chat out",
+            ) from error
         return encoded["input_ids"]
 
     @property
@@ -211,6 +223,13 @@ class Writer:
         return reply
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise UsageError("not a UTF-8 text", where="standard input") from None
+
+
 def _generation_options(
     sampling: dict[str, Any], greedy: bool, max_new_tokens: int, seed: int | None
 ) -> dict[str, Any]:
@@ -230,10 +249,8 @@ def _converse(writer: Writer, system: str | None) -> None:
     """Ask and answer until the end of input; Ctrl-C ends a reply, at the question the program."""
     history = _system(system)
     while True:
-        try:
-            text = click.prompt(">", prompt_suffix=" ", err=True)
-        except click.Abort:
-            say("")
+        text = _ask()
+        if text is None:
             return
         history.append(_message("user", text))
         ids = writer.chat_ids(history) if writer.can_chat else writer.text_ids(_plain(history))
@@ -244,6 +261,19 @@ def _converse(writer: Writer, system: str | None) -> None:
             history.pop()
             continue
         history.append(_message("assistant", reply.text))
+
+
+def _ask() -> str | None:
+    """What the user says next, or None at the end of input."""
+    if not sys.stdin.isatty():
+        # click writes a space to stdout, which is for results.
+        return next((line.strip() for line in sys.stdin if line.strip()), None)
+    try:
+        text: str = click.prompt(">", prompt_suffix=" ", err=True)
+    except click.Abort:
+        say("")
+        return None
+    return text
 
 
 def _plain(history: list[dict[str, str]]) -> str:

@@ -59,8 +59,25 @@ def check_calibration(quantizer: str, text: Path | None) -> None:
         raise UsageError("no such file", where=f"--calibrate {text}")
 
 
-def calibrate(plan: ConversionPlan, out: Path, progress: Progress) -> Calibration | None:
+def calibration_nbytes(plan: ConversionPlan) -> int:
+    """Bytes that calibration keeps on the disk until the pack is complete."""
+    if plan.options.calibrate is None:
+        return 0
+    # Half precision, and a little for the routers' choices.
+    per_token = sum(2 * adapter.hidden_size + 128 for adapter in plan.adapters)
+    return plan.options.calibrate_tokens * per_token
+
+
+def calibrate(
+    plan: ConversionPlan, out: Path, fingerprint: str, progress: Progress
+) -> Calibration | None:
     """Run the calibration text through the source, if there is one and it has not been done.
+
+    Args:
+        plan: What is converted.
+        out: The output folder.
+        fingerprint: Names the source and the options.
+        progress: Is told about it.
 
     Raises:
         UsageError: The source has no tokenizer, or the text is too short or not UTF-8.
@@ -70,8 +87,7 @@ def calibrate(plan: ConversionPlan, out: Path, progress: Progress) -> Calibratio
         return None
     folder = out / FOLDER_NAME
     ids = _tokens(plan, text)
-    source = json.dumps(str(plan.checkpoint.source))
-    record(plan.mapping, ids, folder, source, progress.notice)
+    record(plan.mapping, ids, folder, fingerprint, progress.notice)
     calibration = Calibration(folder)
     progress.notice(calibration.report())
     return calibration

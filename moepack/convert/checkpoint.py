@@ -18,6 +18,7 @@ from moepack.convert.hub_source import download
 from moepack.convert.source_files import read_config
 from moepack_formats.errors import UsageError
 from moepack_formats.manifest import Source
+from moepack_runtime.pack_config import MODEL_TYPE
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 
@@ -140,4 +141,9 @@ def _open_folder(folder: Path, repo_id: str | None = None) -> Checkpoint:
 
 
 def _settings(folder: Path) -> GPTQSettings | None:
-    return gptq_settings(read_config(folder), folder)
+    config = read_config(folder)
+    if config.get("model_type") == MODEL_TYPE:
+        raise UsageError(
+            "this is already a pack", where=folder, remedy="convert the original checkpoint"
+        )
+    return gptq_settings(config, folder)

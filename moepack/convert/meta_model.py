@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moepack.convert.checkpoint import Checkpoint
 from moepack_formats.errors import UsageError
 from moepack_runtime.auto_class import auto_class_of
+from moepack_runtime.config_guard import without_references
 from moepack_runtime.experts import supported_experts
 
 
@@ -58,8 +59,8 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """
     # Infinity is not JSON, so transformers writes it, and other such floats, as an object.
     options: dict[str, Any] = PreTrainedConfig._decode_special_floats(copy.deepcopy(dict(config)))
-    for key in ("auto_map", "quantization_config"):
-        options.pop(key, None)
+    options.pop("quantization_config", None)
+    options, _ = without_references(options)
     model_type = options.get("model_type")
     if model_type == "moepack":
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import Any
 from moepack_formats import FORMAT_VERSION, osio
 from moepack_formats.errors import FormatError
 from moepack_formats.manifest import Manifest
-from moepack_runtime.config_guard import allowed_config
+from moepack_runtime.config_guard import allowed_config, without_references
 from moepack_runtime.options import format_size
 from moepack_runtime.pack_config import BASE_MODEL_TYPE_KEY, MODEL_TYPE
 
@@ -85,8 +85,10 @@ def pack_config(plan: ConversionPlan) -> tuple[dict[str, Any], list[str]]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization_config": {"quant_method": MODEL_TYPE, "format_version": FORMAT_VERSION},
     }
-    ignored = [key for key in dropped if not key.startswith("_") and values.get(key) is not None]
-    notices = [f"ignored {key!r} in config.json: not a field of {family}" for key in ignored]
+    _, references = without_references(plan.checkpoint.config)
+    odd = [key for key in dropped if not key.startswith("_") and values.get(key) is not None]
+    notices = [f"ignored {key!r} in config.json: not a field of {family}" for key in odd]
+    notices += [f"ignored {key!r} in config.json: code is never loaded" for key in references]
     return config, notices
 
 

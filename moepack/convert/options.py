@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,8 @@ class ConvertOptions:
             raise UsageError("--attn-bits", wanted=f"one of {wanted}", got=self.attn_bits)
         if self.head_bits not in (4, 8, 16):
             raise UsageError("--head-bits", wanted="4, 8 or 16", got=self.head_bits)
-        is_integer = float(self.expert_bits).is_integer()
-        if is_integer and int(self.expert_bits) not in INTEGER_BITS:
+        is_cap = 0 < self.expert_bits < math.inf and not float(self.expert_bits).is_integer()
+        if not is_cap and self.expert_bits not in INTEGER_BITS:
             raise UsageError(
                 "--expert-bits", wanted=f"one of {wanted}, or a decimal cap", got=self.expert_bits
             )

@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moepack_formats import osio
+from moepack_formats import osio, strict_json
 from moepack_formats.errors import FormatError, ResourceError, UsageError
 from moepack_formats.journal import JOURNAL_NAME
 from moepack_formats.manifest import MANIFEST_NAME
 from moepack_formats.pack import read_manifest
+from moepack_formats.paths import resolve_inside
 from moepack_runtime.options import format_size
 
 LOCK_NAME = ".moepack-lock"
 _OURS = {JOURNAL_NAME, LOCK_NAME}
+_PARTS = ("model*.safetensors*.part", "experts/layer-*.safetensors.part", f"{MANIFEST_NAME}.part")
 
 
 @contextlib.contextmanager
@@ -28,17 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
         ResourceError: Another process converts into it, or it cannot be written.
     """
     lock = folder / LOCK_NAME
-    with osio.io_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _lock(folder, lock)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise ResourceError(
-                f"in use by PID {owner}", where=folder, remedy="wait until that conversion ends"
-            ) from None
         with osio.io_errors(lock):
             os.ftruncate(descriptor, 0)
             osio.write_at(descriptor, memoryview(f"{os.getpid()}\n".encode()), 0)
@@ -53,6 +46,36 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _lock(folder: Path, lock: Path) -> int:
+    """The descriptor of the lock file, locked; the folder is made when it is not there."""
+    while True:
+        with osio.io_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, lock):
+                return descriptor
+            # Its last owner took it away between the two calls above: it locks nothing any more.
+        except BlockingIOError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ResourceError(
+                f"in use by PID {owner}", where=folder, remedy="wait until that conversion ends"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise osio.resource_error(error, lock) from error
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether an interrupted conversion can be resumed here."""
     return (folder / JOURNAL_NAME).exists() and not (folder / MANIFEST_NAME).exists()
@@ -62,13 +85,12 @@ def check_usable(folder: Path, *, force: bool) -> None:
     """Refuse a folder with other content, unless forced.
 
     Raises:
-        UsageError: The folder is not empty.
-        ResourceError: It is not a folder.
+        ResourceError: The folder is not empty, or not a folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ResourceError("not a folder", where=folder)
     if not folder.exists() or force or is_unfinished(folder):
         return
-    if not folder.is_dir():
-        raise ResourceError("not a folder", where=folder)
     others = sorted(path.name for path in folder.iterdir() if path.name not in _OURS)
     if others:
         what = "already holds a pack" if MANIFEST_NAME in others else "the folder is not empty"
@@ -77,24 +99,53 @@ def check_usable(folder: Path, *, force: bool) -> None:
         )
 
 
+def check_apart(source: Path, out: Path) -> None:
+    """Refuse to write a pack over its own source, forced or not.
+
+    Raises:
+        UsageError: They are one folder.
+    """
+    if out.exists() and out.samefile(source):
+        raise UsageError(
+            "the output folder is the source itself", where=out, remedy="name another folder"
+        )
+
+
+def old_files(folder: Path) -> list[Path]:
+    """The files of an earlier pack or conversion, the manifest first; other files are not ours."""
+    names: list[str] = []
+    # A manifest that cannot be read says nothing of what is ours.
+    with contextlib.suppress(FormatError, UsageError):
+        names = list(read_manifest(folder).files)
+    found = [folder / MANIFEST_NAME]
+    for name in dict.fromkeys([*names, *_noted_files(folder)]):
+        with contextlib.suppress(FormatError):
+            found.append(resolve_inside(folder, name))
+    found += [part for pattern in _PARTS for part in sorted(folder.glob(pattern))]
+    found.append(folder / JOURNAL_NAME)
+    return [path for path in found if path.is_file() or path.is_symlink()]
+
+
+def _noted_files(folder: Path) -> list[str]:
+    """Files that an unfinished conversion has completed, as its journal says."""
+    names = []
+    with contextlib.suppress(OSError, FormatError):
+        for line in (folder / JOURNAL_NAME).read_bytes().splitlines():
+            note = strict_json.loads(line, JOURNAL_NAME)
+            if "finished" in note and isinstance(note.get("file"), str):
+                names.append(note["file"])
+    return names
+
+
 def clear_old_pack(folder: Path) -> None:
     """Take away the files of an earlier pack or conversion; other files are left alone.
 
     The manifest goes first: from then on the folder counts as unfinished. Programs that have the
     old files open keep reading the old bytes.
     """
-    names: list[str] = []
-    if (folder / MANIFEST_NAME).exists():
-        # A manifest that cannot be read says nothing of what is ours.
-        with contextlib.suppress(FormatError, UsageError):
-            names = list(read_manifest(folder).files)
     with osio.io_errors(folder):
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        for part in [*folder.glob("*.part"), *folder.glob("experts/*.part")]:
-            part.unlink()
-        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        for path in old_files(folder):
+            path.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

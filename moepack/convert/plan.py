@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -246,14 +247,12 @@ def _plan_layers(
     # Largest first; a raw scheme of another dtype is no choice.
     names = [n for n, s in SCHEMES.items() if not s.is_raw or n == raw]
     plans = sorted((planned(name) for name in names), key=_nbytes, reverse=True)
+    parameters = sum(spec.parameters * len(p.spec_of) for p in plans[0] for spec in p.specs)
     for plan in plans:
-        true_bits = (
-            _nbytes(plan) * 8 / sum(s.parameters * len(p.spec_of) for p in plan for s in p.specs)
-        )
         fits = (
             _nbytes(plan) + trunk_nbytes <= options.budget
             if options.budget is not None
-            else true_bits <= bits
+            else _nbytes(plan) * 8 / parameters <= bits
         )
         if fits:
             return plan
@@ -264,8 +263,12 @@ def _plan_layers(
             where="--budget",
             wanted=f"{format_size(smallest + trunk_nbytes)} or more",
             got=format_size(options.budget),
+            remedy=f"give --budget {smallest + trunk_nbytes} or more",
         )
-    raise UsageError("no scheme has so few bits", where="--expert-bits", got=bits)
+    least = math.ceil(smallest * 8000 / parameters) / 1000
+    raise UsageError(
+        "no scheme has so few bits", where="--expert-bits", wanted=f"{least} or more", got=bits
+    )
 
 
 def _record(adapter: ExpertsAdapter, scheme: str) -> RecordSpec:

@@ -37,11 +37,25 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
-from .calibrated import calibrate, choose_schemes, forget, needs_products, text_digest
+from .calibrated import (
+    calibrate,
+    calibration_nbytes,
+    choose_schemes,
+    forget,
+    needs_products,
+    text_digest,
+)
 from .calibration import Calibration, ExpertInputs
 from .model_files import model_card, write_model_files
 from .options import scheme_of_bits
-from .output_folder import check_space, check_usable, clear_old_pack, locked
+from .output_folder import (
+    check_apart,
+    check_space,
+    check_usable,
+    clear_old_pack,
+    locked,
+    old_files,
+)
 from .plan import ConversionPlan, TrunkTensor
 
 T = TypeVar("T")
@@ -87,17 +101,23 @@ def convert(
 
     Raises:
         IntegrityError: A source weight is NaN or infinite.
+        UsageError: The folder is the source itself, or holds an unfinished conversion with other
+            options.
         ResourceError: The disk is full, read-only, or the folder is in use.
     """
     quantizer = get_quantizer(plan.options.quantizer)
     check_usable(out, force=force)
+    check_apart(plan.checkpoint.folder, out)
     with locked(out):
+        check_usable(out, force=force)  # another process may just have finished here
+        # Before an old pack is given up. What it takes will be free, or is already done.
+        done = sum(path.stat().st_size for path in old_files(out))
+        check_space(out, plan.nbytes + calibration_nbytes(plan) + _SMALL_FILES_NBYTES - done)
         if force:
             clear_old_pack(out)
+            forget(out)
         with closing(Journal(out, fingerprint(plan))) as journal:
-            done = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-            check_space(out, plan.nbytes + _SMALL_FILES_NBYTES - done)
-            calibration = calibrate(plan, out, progress)
+            calibration = calibrate(plan, out, fingerprint(plan), progress)
             plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()
@@ -264,8 +284,10 @@ class _Conversion:
         path = self.out / name
         descriptor = osio.open_regular(path)
         try:
-            digest = checksum.sha256_of_file(descriptor, name)
-            self.files[name] = FileEntry(os.fstat(descriptor).st_size, digest)
+            digest, size = checksum.sha256_of_file(descriptor, name), os.fstat(descriptor).st_size
+            self.files[name] = FileEntry(size, digest)
+            # So that starting over can tell it from a file of the user's.
+            self.journal.finish(name, FinishedFile(size, digest, None, ()))
         finally:
             os.close(descriptor)
 

@@ -62,6 +62,33 @@ def allowed_config(
     return kept, dropped
 
 
+def without_references(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Take away, at every depth, what names code, kernels or other repositories.
+
+    A checkpoint's own config cannot be held to the allow-list: transformers still understands keys
+    of older versions, which no class declares.
+
+    Args:
+        values: A parsed ``config.json``.
+
+    Returns:
+        The rest, and the names of the keys that were dropped. Keys with a leading underscore are
+        transformers' own and go silently.
+    """
+    kept: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in values.items():
+        name = str(key)  # some keys of a parsed config are numbers
+        if name in _NEVER or name.startswith("_"):
+            dropped.extend([] if name.startswith("_") else [name])
+            continue
+        if isinstance(value, dict):
+            value, dropped_inside = without_references(value)
+            dropped.extend(f"{key}.{inside}" for inside in dropped_inside)
+        kept[key] = value
+    return kept, dropped
+
+
 @functools.cache
 def _read_by_model(folder: Path) -> frozenset[str]:
     """Attributes that the family's own files read; some are in no class (DBRX's ``rope_theta``)."""

@@ -41,7 +41,9 @@ class IoPool:
         for _ in self._threads:
             self._queue.put((_STOP, next(self._order), None, None))
         for thread in self._threads:
-            thread.join()
+            # The garbage collector may close a forgotten model from one of these very threads.
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _work(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moepack_formats import osio
 from moepack_formats.errors import FormatError
 from moepack_formats.pack import read_manifest
+from moepack_formats.paths import resolve_inside
 
 from . import plugin  # noqa: F401 - importing registers
 from .auto_class import auto_class_of
@@ -34,22 +37,43 @@ def load_pack(folder: Path | str, *, dtype: torch.dtype = torch.float32, **chang
         MoepackError: The folder is not a valid pack, or does not fit.
     """
     path = Path(folder)
-    read_manifest(path)  # before transformers, which has longer and vaguer messages
+    # Before transformers, which has longer and vaguer messages.
+    for name in ("config.json", *read_manifest(path).trunk_files):
+        os.close(osio.open_regular(resolve_inside(path, name)))
     auto_class = _auto_class(path)
-    with options(**changes):
-        model: PreTrainedModel = auto_class.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+    try:
+        with options(**changes):
+            model: PreTrainedModel = auto_class.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FormatError(
+            "transformers cannot build the model that config.json describes",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+        ) from error
     return model
 
 
 def load_tokenizer(folder: Path | str) -> Any | None:
-    """The pack's tokenizer, or None when the source had none."""
+    """The pack's tokenizer, or None when the source had none.
+
+    Raises:
+        FormatError: transformers cannot read its files, or they ask for code.
+    """
     path = Path(folder)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((path / name).exists() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise FormatError(
+            "transformers cannot read the tokenizer",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            remedy="restore the file or convert again",
+        ) from error
 
 
 def _auto_class(path: Path) -> Any:

@@ -32,7 +32,9 @@ class PackedModelConfig(PreTrainedConfig):
         """The inner config, with only the keys that its class declares.
 
         Raises:
-            FormatError: The family is not named or not known to the installed transformers.
+            FormatError: The family is not named or not known to the installed transformers, a
+                value does not fit it, or the config does not name moepack's quantization: without
+                that, transformers would make up the experts.
         """
         values = dict(config_dict)
         family = values.pop(BASE_MODEL_TYPE_KEY, None)
@@ -44,13 +46,29 @@ class PackedModelConfig(PreTrainedConfig):
                 got=repr(family),
                 remedy="upgrade transformers",
             )
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method != MODEL_TYPE:
+            raise FormatError(
+                "the config of a pack must name its quantization",
+                where="config.json: quantization_config",
+                wanted=f"quant_method {MODEL_TYPE}",
+                got=method,
+                remedy="restore the file or convert again",
+            )
         values["model_type"] = family
         inner = CONFIG_MAPPING[family]
         believed, dropped = allowed_config(values, inner)
         if dropped:
             logger.warning("ignored keys of config.json: %s", ", ".join(sorted(dropped)))
         believed["quantization_config"] = quantization
-        return inner.from_dict(believed, **kwargs)
+        try:
+            return inner.from_dict(believed, **kwargs)
+        except Exception as error:  # the validators of configs raise whatever they like
+            raise FormatError(
+                f"not a valid configuration of a {family} model",
+                where="config.json",
+                got=f"{type(error).__name__}: {error}",
+            ) from error
 
 
 AutoConfig.register(MODEL_TYPE, PackedModelConfig)

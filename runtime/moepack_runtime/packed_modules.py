@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,11 +100,14 @@ def swap_modules(model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.
         model: The model on the meta device.
         packed: Entries by dotted module name.
         dtype: Of biases and embeddings.
+
+    Raises:
+        FormatError: The model has no such module, or one of another kind or shape.
     """
     for name, entry in packed.items():
         parent_name, _, leaf = name.rpartition(".")
+        old: Any = _replaced(model, name, entry)
         parent = model.get_submodule(parent_name)
-        old = getattr(parent, leaf)
         new: nn.Module
         if entry.tied_to is not None:
             continue
@@ -123,3 +128,21 @@ def swap_modules(model: nn.Module, packed: dict[str, PackedEntry], dtype: torch.
             parent_name, _, leaf = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, TiedHead(embedding, getattr(parent, leaf).bias))
+
+
+def _replaced(model: nn.Module, name: str, entry: PackedEntry) -> nn.Module:
+    """The module that ``entry`` stands for."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise FormatError("the config's model has no such module", where=name) from None
+    kind = nn.Embedding if entry.kind == "embedding" else nn.Linear
+    shape = tuple(module.weight.shape) if isinstance(module, kind) else None
+    if shape != entry.shape:
+        raise FormatError(
+            "a packed module has another kind or shape than the config's",
+            where=name,
+            wanted=f"{type(module).__name__} {list(shape or ())}",
+            got=f"{entry.kind} {list(entry.shape)}",
+        )
+    return module

@@ -30,7 +30,7 @@ from .packed_modules import swap_modules
 from .prefetch import Speculator
 from .residency import Residency, open_residency
 from .statistics import Statistics
-from .trunk import check_trunk, trunk_nbytes
+from .trunk import check_fits, check_trunk, trunk_nbytes
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
@@ -46,14 +46,21 @@ class PackRuntime:
         speculator: Guesses experts; None without prefetch.
     """
 
-    def __init__(self, model: PreTrainedModel, pack: Pack, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pack: Pack,
+        stored: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:
         self.pack, self.stats = pack, Statistics()
         options = current_options()
         adapters = find_experts(model)
-        _check_layers(pack, adapters)
+        _check_layers(model, pack, adapters)
         for adapter in adapters:
             adapter.strip()
         swap_modules(model, pack.manifest.packed, dtype)
+        check_fits(model, stored)
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats
         )
@@ -68,8 +75,7 @@ class PackRuntime:
 
     def close(self) -> None:
         """End threads and close files."""
-        self.residency.close()
-        self.pack.close()
+        _close(self.residency, self.pack)
 
 
 @register_quantization_config(MODEL_TYPE)
@@ -124,8 +130,8 @@ class MoepackQuantizer(HfQuantizer):
         # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
         pack = Pack(Path(checkpoint_files[0]).parent)
         try:
-            check_trunk(pack)
-            runtime = PackRuntime(model, pack, dtype or model.dtype)
+            stored = check_trunk(pack)
+            runtime = PackRuntime(model, pack, stored, dtype or model.dtype)
         except BaseException:
             pack.close()
             raise
@@ -133,15 +139,8 @@ class MoepackQuantizer(HfQuantizer):
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
-        weakref.finalize(model, runtime.close)
-        return model
-
-    def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **_: Any
-    ) -> PreTrainedModel:
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_meta:
-                raise FormatError("the trunk lacks a tensor", where=name, remedy="convert again")
+        # Not runtime.close: the runtime knows the model, and would keep it alive.
+        weakref.finalize(model, _close, runtime.residency, pack)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
@@ -158,9 +157,28 @@ class MoepackQuantizer(HfQuantizer):
         return False
 
 
-def _check_layers(pack: Pack, adapters: list[ExpertsAdapter]) -> None:
+def _close(residency: Residency, pack: Pack) -> None:
+    residency.close()
+    pack.close()
+
+
+def _check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdapter]) -> None:
     """The pack must hold exactly the experts that the config's model has."""
-    entries = pack.manifest.layers
+    entries, family = pack.manifest.layers, pack.manifest.model_type
+    if model.config.model_type == MODEL_TYPE:
+        # The family's own class has read config.json itself, and believed all of it.
+        raise UsageError(
+            "a pack is loaded through an auto class",
+            got=f"{type(model).__name__}.from_pretrained",
+            remedy="use AutoModelForCausalLM.from_pretrained",
+        )
+    if model.config.model_type != family:
+        raise FormatError(
+            "config.json names another family than the manifest",
+            where=pack.folder,
+            wanted=family,
+            got=model.config.model_type,
+        )
     if len(entries) != len(adapters):
         raise FormatError(
             "the number of MoE layers differs from the config's",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moepack_formats import osio
+from moepack_formats.errors import ResourceError
 from moepack_formats.layer import RecordLocation
 from moepack_formats.pack import Pack, check_record
 
@@ -114,6 +115,7 @@ class SlotCache:
         """See :class:`Residency`."""
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
+        self._forget_failures(keys)
         ready = [self._demand_resident(key) for key in keys if key in self._entries]
         missing = deque(key for key in keys if key not in self._entries)
         self._stats.hits += len(ready)
@@ -123,6 +125,11 @@ class SlotCache:
             while pending or missing:
                 while missing and self._start(missing[0], pending):
                     missing.popleft()
+                if not pending:
+                    raise ResourceError(
+                        "every slot is in use by another pass over the model",
+                        remedy="end that pass first or raise --ram",
+                    )
                 entry = self._next_ready(pending)
                 pending.remove(entry)
                 try:
@@ -177,8 +184,13 @@ class SlotCache:
         size = self._class_of(key)
         while not size.free or size.demanded >= size.demanded_limit:
             if size.demanded >= size.demanded_limit:
-                if not self._evict(size):
+                if self._evict(size):
+                    continue
+                # What a pass that was given up had asked for may still be on its way.
+                left = [e.reading for e in self._entries.values() if self._is_left(e, size)]
+                if pending or not left:
                     return False
+                wait(left, return_when=FIRST_COMPLETED)
             elif not self._drop_staged(size, None):
                 # Every other slot is being filled by a guess; one will be done soon.
                 guesses = [self._entries[k].reading for k in size.staged]
@@ -190,6 +202,10 @@ class SlotCache:
         self._count_in(entry, size)
         pending.append(entry)
         return True
+
+    def _is_left(self, entry: _Entry, size: _SizeClass) -> bool:
+        unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done()
+        return unwanted and self._class_of(entry.key) is size
 
     def _read(self, key: Key, slot: int, *, guessed: bool) -> _Entry:
         at, size = self._at(key), self._class_of(key)
@@ -223,6 +239,15 @@ class SlotCache:
                     self._stats.bytes_read -= self._at(key).spec.nbytes
                     self._stats.speculative_reads -= 1
                     self._release(entry)
+
+    def _forget_failures(self, keys: list[Key]) -> None:
+        """A read that failed for a guess or for a pass that was given up is tried again."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or entry.pins or not entry.reading.done():
+                continue
+            if entry.reading.exception() is not None:
+                self._release(entry)
 
     def _drop_staged(self, size: _SizeClass, keep_layer: int | None) -> bool:
         """Give up the oldest guess that was read and not used."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -11,15 +14,21 @@ from moepack_formats.pack import Pack
 from moepack_formats.paths import resolve_inside
 from moepack_formats.tensor_file import read_header
 
+if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
+    from transformers import PreTrainedModel
 
-def check_trunk(pack: Pack) -> None:
+
+def check_trunk(pack: Pack) -> dict[str, tuple[int, ...]]:
     """Compare every trunk tensor with its checksum.
+
+    Returns:
+        The shapes of the stored tensors by name.
 
     Raises:
         FormatError: A trunk file is malformed, or its tensors are not those of the manifest.
         IntegrityError: A tensor's bytes are damaged; names it.
     """
-    seen: set[str] = set()
+    seen: dict[str, tuple[int, ...]] = {}
     for name in pack.manifest.trunk_files:
         descriptor = osio.open_regular(resolve_inside(pack.folder, name))
         with open(descriptor, "rb", buffering=0):
@@ -35,10 +44,44 @@ def check_trunk(pack: Pack) -> None:
                         where=f"{name}: {tensor.name}",
                         remedy="restore the file or convert again",
                     )
-                seen.add(tensor.name)
-    missing = sorted(set(pack.manifest.trunk) - seen)
+                seen[tensor.name] = tensor.shape
+    missing = sorted(pack.manifest.trunk.keys() - seen)
     if missing:
         raise FormatError("a trunk tensor is missing", where=missing[0], remedy="convert again")
+    return seen
+
+
+def check_fits(model: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> None:
+    """The trunk must hold exactly what the config's model needs.
+
+    transformers would fill a gap with random numbers and only warn.
+
+    Args:
+        model: On the meta device, without its experts and with packed modules in place.
+        stored: Shapes by name, from :func:`check_trunk`.
+
+    Raises:
+        FormatError: A tensor is missing, has another shape, or has no place in the model.
+    """
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in needed.items():
+        if name in stored and stored[name] != shape:
+            raise FormatError(
+                "a trunk tensor has another shape than the config's",
+                where=name,
+                wanted=list(shape),
+                got=list(stored[name]),
+            )
+    tied = [set(pair) for pair in model.all_tied_weights_keys.items()]
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    may_be_absent = re.compile("|".join(f"({pattern})" for pattern in ignored) or r"(?!)")
+    for name in needed.keys() - stored:
+        has_twin = any(name in pair and pair & stored.keys() for pair in tied)
+        if not has_twin and not may_be_absent.search(name):
+            raise FormatError("the trunk lacks a tensor that the config's model has", where=name)
+    extra = sorted(stored.keys() - needed)
+    if extra:
+        raise FormatError("the trunk has a tensor that the config's model lacks", where=extra[0])
 
 
 def trunk_nbytes(model: nn.Module, dtype: torch.dtype) -> int:

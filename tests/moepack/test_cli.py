@@ -1,0 +1,335 @@
+"""The command line: what it says, where it says it, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moepack
+from moepack import cli
+from tests.commands import Command, edit_json
+
+COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
+HEAVY = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+BRIEF = ("--max-new-tokens", 4, "--threads", 1)
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+# --- help, version and usage ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forbidden"),
+    [
+        (["--help"], HEAVY),
+        (["--version"], HEAVY),
+        *((([name, "--help"]), ("torch", "transformers")) for name in COMMANDS),
+        (["inspect", "--engine"], ("torch", "transformers")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_loads_nothing_heavy(arguments: list[str], forbidden: tuple[str, ...]) -> None:
+    code = "import sys; from moepack import cli; code = cli.run(sys.argv[1:])\n"
+    code += "print(code, *sys.modules, file=sys.stderr)"
+    done = python(code, *arguments)
+    first, *loaded = done.stderr.split()
+    assert first == "0"
+    assert not set(forbidden) & set(loaded)
+    assert done.stdout.strip()
+
+
+def test_first_paint_is_quick() -> None:
+    """Processor time rather than the clock's: other programs do not count."""
+
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    times = []
+    for _ in range(5):
+        start = seconds()
+        subprocess.run([sys.executable, "-m", "moepack.cli", "--help"], capture_output=True)
+        times.append(seconds() - start)
+    assert sorted(times)[2] < 0.3
+
+
+def test_help_names_every_command(command: Command) -> None:
+    result = command("--help")
+    assert result.code == 0
+    assert result.err == ""
+    for name in COMMANDS:
+        assert f"  {name} " in result.out
+        described = command(name, "--help")
+        assert (described.code, described.err) == (0, "")
+        assert described.out.startswith(f"Usage: moepack {name} ")
+        assert command(name, "-h").out == described.out
+
+
+def test_version(command: Command) -> None:
+    result = command("--version")
+    assert (result.code, result.err) == (0, "")
+    assert moepack.__version__ in result.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["--nonsense"],
+        ["inspect", "--nonsense"],
+        ["convert"],
+        ["convert", "only-one"],
+        ["generate", "pack", "--prompt", "x", "--max-new-tokens", "0"],
+        ["generate", "pack", "--prompt", "x", "--max-new-tokens", "many"],
+        ["generate", "pack", "--prompt", "x", "--temperature", "0"],
+        ["generate", "pack", "--prompt", "x", "--io", "telepathy"],
+        ["generate", "pack", "--prompt", "x", "--policy", "fifo"],
+        ["eval", "pack"],
+        ["convert", "src", "out", "--scheme", "q5"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(command: Command, arguments: list[str]) -> None:
+    result = command(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("Usage: moepack")
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "pack"], "--prompt or --interactive"),
+        (["generate", "pack", "--prompt", "x", "--interactive"], "--prompt or --interactive"),
+        (["generate", "pack", "--prompt", ""], "the prompt is empty"),
+        (["generate", "pack", "--interactive", "--json"], "--json does not go"),
+        (["generate", "pack", "--prompt", "x", "--greedy", "--top-k", 3], "--greedy excludes"),
+        (["generate", "pack", "--prompt", "x", "--system", "s"], "--system goes with"),
+        (["generate", "pack", "--prompt", "x", "--ram", "lots"], "not a size"),
+        (["generate", "pack", "--prompt", "x", "--ram", "6XB"], "as 6GiB"),
+        (["generate", "no-such", "--prompt", "x"], "no-such: no such folder"),
+        (["inspect"], "name a pack"),
+        (["inspect", "no-such"], "no-such: no such folder"),
+        (["verify", "no-such"], "no-such: no such folder"),
+        (["bench", "no-such"], "no-such: no such folder"),
+        (["convert", "no-such", "out"], "no such folder, and not a Hub id"),
+        (["convert", "src", "out", "--attn-bits", 5], "one of 2, 3, 4, 8, 16"),
+        (["convert", "src", "out", "--head-bits", 3], "4, 8 or 16"),
+        (["convert", "src", "out", "--expert-bits", 7], "or a decimal cap"),
+        (["convert", "src", "out", "--expert-bits", "nan"], "or a decimal cap"),
+        (["convert", "src", "out", "--expert-bits", "inf"], "or a decimal cap"),
+        (["convert", "src", "out", "--expert-bits", -2.5], "or a decimal cap"),
+        (["convert", "src", "out", "--quantizer", "nope"], "hqq"),
+        (["convert", "src", "out", "--scheme", "q4g64", "--budget", "1GiB"], "exclude each other"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_values(command: Command, arguments: list[object], words: str) -> None:
+    assert words in command(*arguments).error(2)
+
+
+def test_cuda_is_refused_before_anything_is_loaded(command: Command, pack: Path) -> None:
+    result = command("generate", pack, "--prompt", "x", "--device", "cuda")
+    assert "this version computes on the CPU" in result.error(2)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_traceback(command: Command, tmp_path: Path) -> None:
+    result = command("inspect", tmp_path, "--debug")
+    assert result.code == 3
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-1].startswith("moepack: not a valid pack")
+
+
+def test_a_defect_is_one_line(
+    command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", broken)
+    line = command("inspect", pack).error(1)
+    assert "unexpected RuntimeError: first line; --debug" in line
+    assert "second line" in command("inspect", pack, "--debug").err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes")]
+)
+def test_out_of_memory(
+    command: Command, pack: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", broken)
+    assert "out of memory" in command("inspect", pack).error(5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect"], ["generate", "--prompt", "x", "--max-new-tokens", "50"]],
+    ids="/".join,
+)
+def test_a_reader_that_leaves_is_no_error(pack: Path, arguments: list[str]) -> None:
+    words = [sys.executable, "-m", "moepack.cli", arguments[0], str(pack), *arguments[1:]]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    errors = child.stderr.read().decode()
+    assert child.wait(60) == 0
+    assert errors == ""
+    child.stderr.close()
+
+
+def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["moepack", "nonsense"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+
+
+# --- inspect, verify, eval, bench ----------------------------------------------------------------
+
+
+def test_inspect(command: Command, pack: Path) -> None:
+    values = command("inspect", pack, "--json").json
+    assert values["model_type"] == "mixtral"
+    assert values["architecture"] == "MixtralForCausalLM"
+    assert (values["moe_layers"], values["experts"]) == (3, 24)
+    assert values["expert_schemes"] == ["q3g32s4"]
+    assert values["expert_bits"] == values["expert_bytes"] * 8 / values["expert_parameters"]
+    assert values["bytes"] == sum(p.stat().st_size for p in listed(pack))
+    text = command("inspect", pack)
+    assert (text.code, text.err) == (0, "")
+    assert "24 in 3 layers, q3g32s4" in text.out
+
+
+def listed(pack: Path) -> list[Path]:
+    """The files that a manifest lists."""
+    return [
+        path
+        for path in pack.rglob("*")
+        if path.is_file() and path.name not in ("moepack.json", "README.md")
+    ]
+
+
+def test_inspect_one_layer(command: Command, pack: Path) -> None:
+    values = command("inspect", pack, "--layer", 1, "--json").json
+    assert values["module"] == "model.layers.1.mlp.experts"
+    assert [record["expert"] for record in values["records"]] == list(range(8))
+    assert all(record["offset"] % 4096 == 0 for record in values["records"])
+    assert command("inspect", pack, "--layer", 1).out.count("\n") == 8
+    assert "0 to 2" in command("inspect", pack, "--layer", 3).error(2)
+
+
+def test_inspect_engine(command: Command) -> None:
+    assert command("inspect", "--engine").out == "reference (torch)\n"
+    assert command("inspect", "--engine", "--json").json == {"engine": "reference (torch)"}
+
+
+def test_verify(command: Command, pack: Path) -> None:
+    values = command("verify", pack, "--json").json
+    assert values["ok"] is True
+    assert values["records"] == 24
+    assert values["bytes"] == sum(path.stat().st_size for path in listed(pack))
+    assert command("verify", pack).out.startswith("good: ")
+
+
+def test_eval(command: Command, pack: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("There was nothing so very remarkable in that. " * 60)
+    result = command("eval", pack, "--text", text, "--json", "--threads", 1)
+    values = result.json
+    assert values["perplexity"] > 1
+    assert values["windows"] == -(-(values["tokens"] + values["windows"]) // 256)
+    assert result.err == ""
+    few = command("eval", pack, "--text", text, "--max-tokens", 10, "--json", "--threads", 1).json
+    assert (few["tokens"], few["windows"]) == (9, 1)
+    line = command("eval", pack, "--text", text, "--max-tokens", 10, "--threads", 1)
+    assert line.out.startswith(f"perplexity {few['perplexity']:.4f} ")
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 5, "No such file"),
+        (b"", 2, "too short"),
+        (b"a", 2, "too short"),
+        (b"caf\xe9 au lait", 2, "not a UTF-8 text"),
+    ],
+)
+def test_eval_of_a_text_that_cannot_be(
+    command: Command, pack: Path, tmp_path: Path, content: bytes | None, code: int, words: str
+) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    result = command("eval", pack, "--text", text, "--threads", 1)
+    assert words in result.error(code)
+    assert result.out == ""
+
+
+def test_eval_of_a_folder(command: Command, pack: Path, tmp_path: Path) -> None:
+    assert str(tmp_path) in command("eval", pack, "--text", tmp_path).error(5)
+
+
+def test_bench(command: Command, pack: Path) -> None:
+    few = ["--max-new-tokens", 3, "--prompt-tokens", 5, "--rounds", 2, "--threads", 1]
+    result = command("bench", pack, *few, "--io", "buffered", "--json")
+    values = result.json
+    assert result.err == ""
+    for name in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+        assert values[name] > 0
+    assert 0 <= values["hit_ratio"] <= 1
+    assert values["bytes_per_token"] >= 0
+    text = command("bench", pack, *few)
+    assert [line.split()[0] for line in text.out.splitlines() if not line.startswith(" ")] == [
+        "decode",
+        "prefill",
+        "cache",
+        "memory",
+    ]
+
+
+# --- a pack without a tokenizer ------------------------------------------------------------------
+
+
+def test_without_a_tokenizer(command: Command, damaged: Path, tmp_path: Path) -> None:
+    for path in damaged.glob("tokenizer*"):
+        path.unlink()
+    manifest = damaged / "moepack.json"
+    files = json.loads(manifest.read_text())["files"]
+    edit_json(manifest, files={k: v for k, v in files.items() if not k.startswith("tokenizer")})
+    (tmp_path / "text").write_text("hello")
+    for arguments in (["generate", "--prompt", "x"], ["eval", "--text", tmp_path / "text"]):
+        name, *rest = arguments
+        assert "the pack has no tokenizer" in command(name, damaged, *rest).error(2)
+    assert command("bench", damaged, "--rounds", 1, *BRIEF).code == 0
+
+
+def test_a_tokenizer_that_is_damaged(command: Command, damaged: Path) -> None:
+    (damaged / "tokenizer.json").write_text("{")
+    result = command("generate", damaged, "--prompt", "x", *BRIEF)
+    assert "cannot read the tokenizer" in result.error(3)
+
+
+def test_pack_given_as_a_link(command: Command, pack: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(pack)
+    assert command("verify", link).code == 0

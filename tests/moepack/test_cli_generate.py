@@ -1,0 +1,217 @@
+"""``moepack generate``: prompts, sampling, chat, conversation, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Child, Command, Result, edit_json, wait_for
+
+PROMPT = "Alice was beginning to get very tired"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def generate(command: Command, pack: Path) -> Command:
+    def call(*arguments: object, stdin: str | None = None, of: Path = pack) -> Result:
+        words = ("generate", of, "--max-new-tokens", 8, "--threads", 1, *arguments)
+        return command(*words, stdin=stdin)
+
+    return call
+
+
+@pytest.fixture
+def chatty(damaged: Path) -> Path:
+    """A pack with a chat template."""
+    edit_json(damaged / "tokenizer_config.json", chat_template=TEMPLATE)
+    return damaged
+
+
+def test_greedy_is_deterministic(generate: Command) -> None:
+    first, second = (generate("--prompt", PROMPT, "--greedy") for _ in range(2))
+    assert first.code == 0
+    assert first.out == second.out
+    assert len(first.out) > 8
+    assert generate("--prompt", PROMPT, "--greedy", "--seed", 3).out == first.out
+
+
+def test_a_seed_makes_sampling_repeatable(generate: Command) -> None:
+    sampling = ["--prompt", PROMPT, "--temperature", 1.5, "--top-p", 0.99, "--top-k", 500]
+    texts = {seed: generate(*sampling, "--seed", seed).out for seed in (1, 2, 3)}
+    assert len(set(texts.values())) == 3
+    assert generate(*sampling, "--seed", 2).out == texts[2]
+    # A seed alone asks for sampling.
+    assert len({generate("--prompt", PROMPT, "--seed", seed).out for seed in (1, 2, 3)}) == 3
+
+
+def test_stdout_holds_the_text_alone(generate: Command) -> None:
+    plain = generate("--prompt", PROMPT, "--greedy")
+    values = generate("--prompt", PROMPT, "--greedy", "--json")
+    assert values.err == ""
+    assert values.json["text"] + "\n" == plain.out
+    assert values.json["new_tokens"] == 8
+    assert values.json["prompt_tokens"] > 4
+    assert values.json["decode_tokens_per_s"] > 0
+    assert 0 <= values.json["hit_ratio"] <= 1
+    lines = plain.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("8 tokens, ")
+    verbose = generate("--prompt", PROMPT, "--greedy", "-v")
+    assert verbose.out == plain.out
+    assert "records memory-mapped" in verbose.err
+
+
+@pytest.mark.parametrize("io", ["buffered", "mmap"])
+@pytest.mark.parametrize("prefetch", ["--prefetch", "--no-prefetch"])
+def test_options_change_no_token(generate: Command, io: str, prefetch: str) -> None:
+    wanted = generate("--prompt", PROMPT, "--greedy").out
+    assert generate("--prompt", PROMPT, "--greedy", "--io", io, prefetch).out == wanted
+
+
+def test_prompt_from_stdin(generate: Command) -> None:
+    wanted = generate("--prompt", PROMPT, "--greedy").out
+    assert generate("--prompt", "-", "--greedy", stdin=PROMPT).out == wanted
+    assert "the prompt is empty" in generate("--prompt", "-", stdin="").error(2)
+    assert "not a UTF-8 text" in generate("--prompt", "-", stdin="caf\udce9").error(2)
+
+
+def test_a_prompt_beyond_the_context_is_noticed(generate: Command) -> None:
+    result = generate("--prompt", "word " * 400, "--greedy", "--max-new-tokens", 1)
+    assert result.code == 0
+    assert "the model was made for 256 tokens" in result.err
+
+
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def test_chat_without_a_template(generate: Command) -> None:
+    assert "has no chat template; leave --chat out" in generate("--prompt", "x", "--chat").error(2)
+
+
+def test_chat_applies_the_template(generate: Command, chatty: Path) -> None:
+    by_hand = f"system: Be brief.\nuser: {PROMPT}\nassistant:"
+    wanted = generate("--prompt", by_hand, "--greedy", of=chatty)
+    chat = ["--chat", "--system", "Be brief.", "--greedy"]
+    result = generate("--prompt", PROMPT, *chat, of=chatty)
+    assert result.code == 0
+    assert result.out == wanted.out
+    assert generate("--prompt", PROMPT, "--greedy", of=chatty).out != wanted.out
+
+
+def test_interactive(generate: Command, chatty: Path) -> None:
+    one = generate("--interactive", "--greedy", stdin="Hello there", of=chatty)
+    assert (one.code, one.out.count("\n")) == (0, 1)
+    two = generate("--interactive", "--greedy", stdin="Hello there\n\n  Who?  \n", of=chatty)
+    assert two.code == 0
+    answers = two.out.splitlines(keepends=True)
+    assert answers[0] == one.out
+    history = f"user: Hello there\nassistant: {answers[0][:-1]}\nuser: Who?\nassistant:"
+    assert generate("--prompt", history, "--greedy", of=chatty).out == answers[1]
+    assert generate("--interactive", stdin="", of=chatty) == Result(0, "", "")
+
+
+def test_interactive_without_a_template(generate: Command) -> None:
+    result = generate("--interactive", "--greedy", stdin="One\nTwo\n")
+    assert (result.code, result.err) == (0, "")
+    first, second = result.out.splitlines(keepends=True)
+    assert generate("--prompt", "One", "--greedy").out == first
+    assert generate("--prompt", f"One\n{first}Two", "--greedy").out == second
+
+
+HOSTILE = {
+    "classes": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+    "import": "{{ self.__init__.__globals__.__builtins__['exec']('open(\\'MARKER\\', \\'w\\')') }}",
+    "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "attribute": "{{ (messages | attr('__class__')).__mro__ }}",
+    "syntax": "{% for %}",
+    "raises": "{{ raise_exception('this model takes no system role') }}",
+    "undefined": "{{ nothing.at.all }}",
+    "division": "{{ 1 // 0 }}",
+    "deep": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates(
+    generate: Command, damaged: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are only ever rendered in transformers' sandbox (fault 65)."""
+    monkeypatch.chdir(tmp_path)
+    (damaged / "chat_template.jinja").write_text(HOSTILE[name])
+    line = generate("--prompt", "x", "--chat", of=damaged).error(2)
+    assert "chat template cannot be used" in line
+    assert not (tmp_path / "MARKER").exists()
+    assert "<class" not in line
+    # Without --chat the template is not even looked at.
+    assert generate("--prompt", "x", "--greedy", of=damaged).code == 0
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+
+def test_interrupted(pack: Path) -> None:
+    """A real program and a real signal: the text so far stays, there is no traceback."""
+    words = ["generate", str(pack), "--prompt", PROMPT, "--greedy", "--max-new-tokens", "100000"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moepack.cli", *words, "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    first = child.stdout.read(30)
+    child.send_signal(signal.SIGINT)
+    rest, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert len(first) == 30
+    assert rest.endswith(b"\n")
+    assert errors.decode().splitlines()[-1] == "moepack: interrupted"
+    assert b"Traceback" not in errors
+
+
+def test_interrupted_while_it_loads(pack: Path, tmp_path: Path) -> None:
+    child = Child(tmp_path, "generate", pack, "--prompt", PROMPT, before=interrupt_loading)
+    result = child.wait()
+    assert result.error(130) == "moepack: interrupted"
+    assert result.out == ""
+
+
+def interrupt_loading() -> None:
+    """The signal comes when the trunk is checked."""
+    import moepack_runtime.plugin
+
+    def interrupt(_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    moepack_runtime.plugin.check_trunk = interrupt  # type: ignore[assignment]
+
+
+def test_interrupted_reply_of_a_conversation(pack: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends the reply, not the conversation."""
+    words = ["generate", pack, "--interactive", "--greedy", "--max-new-tokens", 100000]
+    child = Child(tmp_path, *words, "--threads", 1, before=say_hello)
+    wait_for(lambda: len(child.out) > 20)
+    child.send(signal.SIGINT)
+    result = child.wait()
+    assert result.code == 0
+    assert "moepack: reply ended" in result.err
+    assert "Traceback" not in result.err
+
+
+def say_hello() -> None:
+    import io
+
+    sys.stdin = io.StringIO("Hello\n")
+
+
+def test_json_is_one_object_whatever_the_text(generate: Command) -> None:
+    values = generate("--prompt", 'quotes " and \\ and \n', "--seed", 1, "--json")
+    assert json.loads(values.out) == values.json

@@ -83,7 +83,10 @@ def write(results: Path, report: Path) -> None:
 
 
 def _model(facts: dict[str, Any]) -> str:
-    rows = sorted(facts["rows"], key=lambda row: (round(row["bits"]), divergence(row).mean))
+    def width(row: Row) -> int:
+        return sum(row["bits"] > edge for edge in (2.7, 3.5))  # about 2, 3 and 4 bits
+
+    rows = sorted(facts["rows"], key=lambda row: (width(row), divergence(row).mean))
     first = rows[0]
     source = mean_interval(first["source_nats"], first["tokens"])
     lines = [
@@ -154,6 +157,8 @@ def _plot(facts: dict[str, Any], path: Path) -> bool:
         )
         for row, k in zip(rows, kl, strict=True):
             label = row["name"].replace(" + importance", "")
+            if label.startswith("search"):
+                continue  # lies on top of hqq
             axes.annotate(
                 label, (row["bits"], k.mean), fontsize=6, xytext=(4, 3), textcoords="offset points"
             )

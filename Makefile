@@ -21,7 +21,7 @@ LAYERS ?= 2
 TESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert docs-cli clean
+.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert quality docs-cli clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,14 @@ bench: $(STAMP)  ## decode and prefill speed, cache hits and recall of the demo 
 
 bench-convert: $(STAMP)  ## conversion speed and peak memory (SHAPE=, LAYERS=), as JSON
 	@$(PY) tests/bench/convert_speed.py --shape $(SHAPE) --layers $(LAYERS)
+
+# Folders and texts of your own: MODEL=path TEXT=held-out.txt CALIBRATE=other.txt
+MODEL ?= $(TINY)
+TEXT ?= tests/assets/text/tiny-moe-valid.txt
+CALIBRATE ?= tests/assets/text/tiny-moe-valid.txt
+
+quality: $(STAMP)  ## size against quality of a model's experts (MODEL=, TEXT=, CALIBRATE=)
+	@$(PY) tests/bench/quality.py $(MODEL) --text $(TEXT) --calibrate $(CALIBRATE) $(QUALITYFLAGS)
 
 docs-cli: $(STAMP)  ## write docs/cli.md from the command line's own help
 	@$(PY) docs/generate_cli.py

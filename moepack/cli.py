@@ -14,9 +14,10 @@ import moepack
 _COMMANDS = {
     "bench": "Measure decode and prefill speed of a pack.",
     "convert": "Convert a Mixture-of-Experts checkpoint into a pack.",
-    "eval": "Measure the perplexity of a pack on a text.",
+    "eval": "Measure the perplexity of a pack on a text, and its divergence from its source.",
     "generate": "Write text with a pack.",
     "inspect": "Show what a pack holds.",
+    "plan": "Say which recipe fits this machine.",
     "pull": "Download a pack from the Hub.",
     "push": "Upload a pack to the Hub.",
     "verify": "Check every byte of a pack.",

@@ -37,7 +37,30 @@ if TYPE_CHECKING:
 @click.option(
     "--budget", type=parse_size, metavar="SIZE", help="Largest size of the pack, as 12GiB."
 )
-@click.option("--quantizer", default="hqq", show_default=True, help="hqq, rtn or hqq-lib.")
+@click.option(
+    "--mix",
+    type=click.Choice(["expert", "layer", "none"]),
+    default="expert",
+    show_default=True,
+    help="What --budget and a decimal --expert-bits choose schemes for; none: the whole model.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="A UTF-8 text; the source is run on it to see which inputs and experts matter.",
+)
+@click.option(
+    "--calibrate-tokens",
+    type=click.IntRange(2),
+    default=16384,
+    show_default=True,
+    help="How much of the text is used.",
+)
+@click.option(
+    "--quantizer",
+    help="hqq, search, gptq, rtn or hqq-lib.  [default: hqq; gptq with --calibrate]",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub source.")
 @click.option("--force", is_flag=True, help="Overwrite what the output folder holds.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -50,7 +73,10 @@ def command(
     head_bits: int,
     scheme: str | None,
     budget: int | None,
-    quantizer: str,
+    mix: str,
+    calibrate: Path | None,
+    calibrate_tokens: int,
+    quantizer: str | None,
     revision: str | None,
     force: bool,
     dry_run: bool,
@@ -64,13 +90,15 @@ def command(
     Hub id only a few shards lie on the disk at a time, in OUT, unless the Hub cache has them all.
     """
     set_up(verbose)
+    from moepack.convert.calibrated import check_calibration
     from moepack.convert.checkpoint import open_checkpoint
     from moepack.convert.options import ConvertOptions
     from moepack.convert.output_folder import STAGE_NAME, check_usable
     from moepack.convert.plan import make_plan
     from moepack.convert.run import convert
-    from moepack.quant import get_quantizer
 
+    quantizer = quantizer or ("hqq" if calibrate is None else "gptq")
+    check_calibration(quantizer, calibrate)
     options = ConvertOptions(
         attn_bits=attn_bits,
         expert_bits=expert_bits,
@@ -78,8 +106,10 @@ def command(
         scheme=scheme,
         budget=budget,
         quantizer=quantizer,
+        mix=mix,
+        calibrate=calibrate,
+        calibrate_tokens=calibrate_tokens,
     )
-    get_quantizer(quantizer)
     if not dry_run:
         check_usable(out, force=force)
     checkpoint = open_checkpoint(src, revision=revision, stage=out / STAGE_NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,17 +19,24 @@ from .common import (
     statistics_json,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moepack.divergence import Scores
+
 
 @click.command("eval")
 @click.argument("pack")
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="A UTF-8 text file.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only this many tokens.")
+@click.option("--source", metavar="SRC", help="Compare with this checkpoint, a folder or Hub id.")
 @runtime_options
 @common_options
 def command(
     pack: str,
     text: Path,
     max_tokens: int | None,
+    source: str | None,
     as_json: bool,
     verbose: bool,
     debug: bool,
@@ -38,7 +45,9 @@ def command(
     """Measure the perplexity of PACK on a text.
 
     Windows have 1,024 tokens, or the model's context where that is shorter; the first token of
-    each is not scored.
+    each is not scored. With --source the mean KL divergence from the checkpoint that PACK was made
+    of, and how often both think the same token most likely, with 95% intervals over the windows;
+    the checkpoint is read layer by layer and may be larger than memory.
     """
     set_up(verbose)
     try:
@@ -58,6 +67,10 @@ def command(
     if tokenizer is None:
         raise UsageError("the pack has no tokenizer: its source had none", where=pack)
     ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:max_tokens])
+    if source is not None:
+        scores = _compare(model, ids, source)
+        _print_scores(scores, model, as_json)
+        return
     result = measure(model, ids, lambda runs: tqdm(runs, unit="window", disable=None))
     if as_json:
         print_json(
@@ -74,3 +87,75 @@ def command(
             f"perplexity {result.perplexity:.4f} ({result.nats:.5f} nats a token, "
             f"{result.tokens} tokens in {result.windows} windows)"
         )
+
+
+def _compare(model: Any, ids: Tensor, source: str) -> Scores:
+    """Score the pack against its source, which is streamed through memory once."""
+    from contextlib import closing
+
+    from tqdm import tqdm
+
+    from moepack.convert.checkpoint import open_checkpoint
+    from moepack.divergence import compare
+    from moepack.perplexity import window_length, windows
+    from moepack.streaming import StreamedModel
+
+    runs = list(windows(ids, window_length(model)))
+    if not runs:
+        raise UsageError("the text is too short to score", wanted="two tokens", got=len(ids))
+    with closing(open_checkpoint(source)) as checkpoint:
+        streamed = StreamedModel(checkpoint)
+        _check_same_model(model, streamed.model, source)
+        bar = tqdm(total=len(streamed.adapters), unit="layer", disable=None)
+        expected = streamed.run([run[None] for run in runs], lambda _: bar.update())
+        return compare(
+            runs,
+            expected,
+            lambda run: model(run, use_cache=False).logits,
+            lambda runs: tqdm(runs, unit="window", disable=None),
+        )
+
+
+def _check_same_model(model: Any, source: Any, where: str) -> None:
+    ours, theirs = (m.config.get_text_config() for m in (model, source))
+    for key in ("model_type", "vocab_size", "num_hidden_layers", "hidden_size"):
+        values = getattr(ours, key, None), getattr(theirs, key, None)
+        if values[0] != values[1]:
+            raise UsageError(
+                f"not the source of this pack: {key} differs",
+                where=where,
+                wanted=values[0],
+                got=values[1],
+            )
+
+
+def _print_scores(scores: Scores, model: Any, as_json: bool) -> None:
+    intervals = {
+        "nats_per_token": scores.loss,
+        "source_nats_per_token": scores.source_loss,
+        "nats_per_token_above_source": scores.loss_difference,
+        "kl_divergence": scores.mean_divergence,
+        "top1_agreement": scores.agreement,
+    }
+    perplexity, source_perplexity = scores.loss.exp()[1], scores.source_loss.exp()[1]
+    if as_json:
+        values: dict[str, Any] = {
+            "perplexity": perplexity,
+            "source_perplexity": source_perplexity,
+            "tokens": sum(scores.tokens),
+            "windows": len(scores.tokens),
+        }
+        for name, interval in intervals.items():
+            values[name] = interval.mean
+            values[f"{name}_95"] = interval.half_width
+        print_json({**values, **statistics_json(model.moepack.stats)})
+        return
+    click.echo(
+        f"perplexity      {perplexity:.4f}, of the source {source_perplexity:.4f} "
+        f"({sum(scores.tokens)} tokens in {len(scores.tokens)} windows)"
+    )
+    click.echo(f"above source    {scores.loss_difference} nats a token")
+    click.echo(f"KL divergence   {scores.mean_divergence} nats a token")
+    agreement = scores.agreement
+    click.echo(f"top-1 agreement {agreement.mean:.2%} ± {agreement.half_width:.2%}")
+    click.echo("±: 95% intervals over windows")

@@ -147,6 +147,24 @@ def _is_whole(repo_id: str, folder: Path) -> bool:
         return False
 
 
+def source_config(
+    src: str, *, revision: str | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint; of a Hub id only the small files are downloaded.
+
+    Raises:
+        UsageError: `src` is neither a folder nor a Hub id.
+        IntegrityError: The file is missing or damaged.
+        NetworkError: The Hub could not be reached or refused.
+    """
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        if not looks_like_repo_id(src):
+            raise UsageError("no such folder, and not a Hub id either", where=src)
+        folder = download_small_files(src, revision=revision, offline=offline)
+    return read_config(folder)
+
+
 def _open_folder(folder: Path, repo_id: str | None = None) -> Checkpoint:
     return _dequantized(FolderCheckpoint(folder, repo_id=repo_id), _settings(folder))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -286,11 +286,14 @@ class WeightMapping:
         """Everything but the routed experts, in the order ``trunk`` gives it; reads no data."""
         return [target for group in self._trunk_groups() for target in self._targets[group.first]]
 
-    def trunk(self, start: int = 0) -> Iterator[tuple[str, Tensor]]:
+    def trunk(
+        self, start: int = 0, wanted: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Reads the trunk tensor by tensor.
 
         Args:
             start: How many of ``trunk_targets`` to pass over; they are not read.
+            wanted: Chooses by name; all by default.
 
         Yields:
             ``(name, contiguous tensor)`` with the dtype and shape that ``trunk_targets`` states.
@@ -304,6 +307,8 @@ class WeightMapping:
             position += len(targets)
             if position <= start:
                 continue
+            if wanted is not None and not any(wanted(target.name) for target in targets):
+                continue
             values = [self._read(group, key, None) for key, _ in group.sources]
             converted = self._convert(group, group.sources, values, self.model)
             del values
@@ -316,7 +321,7 @@ class WeightMapping:
                         wanted=target.shape,
                         got=tuple(value.shape),
                     )
-                if i >= start:
+                if i >= start and (wanted is None or wanted(target.name)):
                     yield target.name, value.detach().to(target.dtype).contiguous()
 
     def _trunk_groups(self) -> Iterator[_Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,8 @@ from moepack_formats.schemes import DEFAULT_SCHEME, SCHEMES
 RAW_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 INTEGER_BITS = (*DEFAULT_SCHEME, 16)
+
+MIXES = ("expert", "layer", "none")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class ConvertOptions:
         scheme: Exact scheme of the experts; overrides ``expert_bits``.
         budget: Largest size of the whole pack in bytes; overrides ``expert_bits``.
         quantizer: Name of the quantizer.
+        mix: What ``budget`` and a decimal ``expert_bits`` choose schemes for: ``expert``, each
+            expert and projection; ``layer``, each layer; ``none``, the whole model.
+        calibrate: UTF-8 text that shows which inputs and experts matter.
+        calibrate_tokens: How much of it is used.
         max_file_nbytes: A layer or trunk file over this is split.
     """
 
@@ -35,6 +42,9 @@ class ConvertOptions:
     scheme: str | None = None
     budget: int | None = None
     quantizer: str = "hqq"
+    mix: str = "expert"
+    calibrate: Path | None = None
+    calibrate_tokens: int = 16384
     max_file_nbytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
@@ -54,6 +64,14 @@ class ConvertOptions:
             )
         if self.scheme is not None and self.budget is not None:
             raise UsageError("--scheme and --budget exclude each other")
+        if self.mix not in MIXES:
+            raise UsageError("--mix", wanted=f"one of {', '.join(MIXES)}", got=repr(self.mix))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether experts may differ in their schemes."""
+        capped = self.budget is not None or not float(self.expert_bits).is_integer()
+        return capped and self.scheme is None and self.mix != "none"
 
 
 def scheme_of_bits(bits: int, dtype: torch.dtype) -> str:

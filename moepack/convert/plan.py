@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -74,6 +74,8 @@ class ConversionPlan:
         kept: Linears that stay as they are, and why.
         sizes: Parameters and bytes.
         memory_nbytes: Estimate of the peak memory of the conversion.
+        expert_limit: Largest size of all experts in bytes, where mixed precision is to choose their
+            schemes; ``layers`` then are those of the largest single scheme that fits.
     """
 
     checkpoint: Checkpoint
@@ -85,6 +87,7 @@ class ConversionPlan:
     kept: tuple[KeptLinear, ...]
     sizes: Sizes
     memory_nbytes: int
+    expert_limit: int | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -112,6 +115,14 @@ class ConversionPlan:
             if len(tensor.shape) == 2
         }
         return tuple(sorted(names))
+
+
+def with_layers(plan: ConversionPlan, layers: tuple[LayerPlan, ...]) -> ConversionPlan:
+    """The plan with other records for the experts."""
+    nbytes = sum(layer.nbytes for layer in layers)
+    return replace(
+        plan, layers=layers, sizes=replace(plan.sizes, expert_nbytes=nbytes), expert_limit=None
+    )
 
 
 def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
@@ -143,8 +154,15 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     largest_tensor = max(_numel(t.target.shape) * t.target.dtype.itemsize for t in trunk)
     # Alive at once: a few float32 copies of one expert, or two of the largest trunk tensor.
     memory = _BASE_NBYTES + max(24 * largest_expert, 2 * largest_tensor)
+    limit = None
+    if options.is_mixed:
+        limit = (
+            options.budget - trunk_nbytes
+            if options.budget is not None
+            else int(options.expert_bits * sizes.expert_parameters / 8)
+        )
     return ConversionPlan(
-        checkpoint, mapping, options, layers, trunk, packed, tuple(kept), sizes, memory
+        checkpoint, mapping, options, layers, trunk, packed, tuple(kept), sizes, memory, limit
     )
 
 

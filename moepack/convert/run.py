@@ -38,6 +38,15 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
+from .calibrated import (
+    calibrate,
+    calibration_nbytes,
+    choose_schemes,
+    forget,
+    needs_products,
+    text_digest,
+)
+from .calibration import Calibration, ExpertInputs
 from .model_files import write_model_files
 from .options import scheme_of_bits
 from .output_folder import (
@@ -109,12 +118,18 @@ def convert(
         stage = (out / STAGE_NAME).rglob("*")
         done += sum(path.stat().st_blocks * 512 for path in stage if path.is_file())
         staged = plan.checkpoint.staged_nbytes
-        check_space(out, plan.nbytes + staged + _SMALL_FILES_NBYTES - done)
+        check_space(
+            out, plan.nbytes + staged + calibration_nbytes(plan) + _SMALL_FILES_NBYTES - done
+        )
         if force:
             clear_old_pack(out)
+            forget(out)
         with closing(Journal(out, fingerprint(plan))) as journal:
+            calibration = calibrate(plan, out, fingerprint(plan), progress)
+            plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
-            manifest = _Conversion(plan, out, quantizer, journal, progress).run()
+            manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()
+            forget(out)
             osio.write_file(out / MANIFEST_NAME, to_json(manifest))
             plan.checkpoint.clear()
             journal.remove()
@@ -135,6 +150,7 @@ def fingerprint(plan: ConversionPlan) -> str:
         "config": plan.checkpoint.config,
         "options": asdict(plan.options),
         "files": stamps,
+        "text": None if plan.options.calibrate is None else text_digest(plan.options.calibrate),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -149,7 +165,9 @@ class _Conversion:
         quantizer: Quantizer,
         journal: Journal,
         progress: Progress,
+        calibration: Calibration | None = None,
     ) -> None:
+        self.calibration = calibration
         self.plan, self.out, self.quantizer = plan, out, quantizer
         self.journal, self.progress = journal, progress
         self.files: dict[str, FileEntry] = {}
@@ -188,9 +206,21 @@ class _Conversion:
         parts = _read_ahead(experts, lambda e: self.plan.mapping.experts(adapter, e))
         for expert, tensors in parts:
             spec = layer.specs[layer.spec_of[expert]]
-            yield expert, self._record(spec, tensors, f"{adapter.name}, expert {expert}")
+            inputs = None
+            if self.calibration is not None:
+                inputs = self.calibration.expert(
+                    layer.index, expert, tensors, adapter, full=needs_products(self.quantizer)
+                )
+            where = f"{adapter.name}, expert {expert}"
+            yield expert, self._record(spec, tensors, where, inputs)
 
-    def _record(self, spec: RecordSpec, tensors: dict[str, Tensor], where: str) -> Bytes:
+    def _record(
+        self,
+        spec: RecordSpec,
+        tensors: dict[str, Tensor],
+        where: str,
+        inputs: ExpertInputs | None,
+    ) -> Bytes:
         first = "gate_up" if "gate" in tensors else "up"
         schemes = {"down": "down", "gate": first, "up": first}
         parts: dict[str, Part] = {}
@@ -202,7 +232,13 @@ class _Conversion:
                 continue
             planned = spec.tensor(schemes[name])
             scheme = get_scheme(planned.scheme if planned is not None else "")
-            parts[name] = quantize_matrix(tensor, scheme, self.quantizer, where=place)
+            parts[name] = quantize_matrix(
+                tensor,
+                scheme,
+                self.quantizer,
+                where=place,
+                inputs=None if inputs is None else inputs.of(name),
+            )
         return pack_record(spec, parts)
 
     def _trunk(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from moepack_formats.errors import IntegrityError, UsageError
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
+
+from .inputs import InputMoments
 
 DEFAULT_QUANTIZER = "hqq"
 
@@ -42,6 +44,36 @@ class Quantizer(Protocol):
         Args:
             weight: ``[rows, cols]``, any float dtype, all finite, on the CPU.
             scheme: A quantized scheme, not a raw one.
+
+        Raises:
+            UsageError: This quantizer does not do this scheme.
+        """
+        ...
+
+
+@runtime_checkable
+class InputAwareQuantizer(Protocol):
+    """A quantizer that can use what calibration text has shown of a matrix's inputs.
+
+    Attributes:
+        name: As of any quantizer.
+        needs_products: Whether it uses more than the squares of single inputs.
+    """
+
+    name: str
+    needs_products: bool
+
+    def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedMatrix:
+        """As of any quantizer, for matrices of whose inputs nothing is known."""
+        ...
+
+    def quantize_for(self, weight: Tensor, scheme: Scheme, inputs: InputMoments) -> QuantizedMatrix:
+        """Quantize one matrix for the inputs it will see.
+
+        Args:
+            weight: ``[rows, cols]``, any float dtype, all finite, on the CPU.
+            scheme: A quantized scheme, not a raw one.
+            inputs: Moments of its ``cols`` inputs.
 
         Raises:
             UsageError: This quantizer does not do this scheme.
@@ -78,7 +110,12 @@ def get_quantizer(name: str = DEFAULT_QUANTIZER) -> Quantizer:
 
 
 def quantize_matrix(
-    weight: Tensor, scheme: Scheme, quantizer: Quantizer, *, where: str = ""
+    weight: Tensor,
+    scheme: Scheme,
+    quantizer: Quantizer,
+    *,
+    where: str = "",
+    inputs: InputMoments | None = None,
 ) -> QuantizedMatrix:
     """Bring a matrix into a scheme.
 
@@ -88,6 +125,7 @@ def quantize_matrix(
             another dtype.
         quantizer: For the schemes that are not raw.
         where: What the matrix is called in errors.
+        inputs: What is known of its inputs, for quantizers that can use it.
 
     Raises:
         IntegrityError: A weight is NaN or infinite, or too large for the scheme.
@@ -108,6 +146,8 @@ def quantize_matrix(
         return _keep_raw(weight, scheme, where)
     if largest > LARGEST_WEIGHT:
         raise _too_large(scheme, LARGEST_WEIGHT, largest, where)
+    if inputs is not None and isinstance(quantizer, InputAwareQuantizer):
+        return quantizer.quantize_for(weight, scheme, inputs)
     return quantizer.quantize(weight, scheme)
 
 

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
 
 from .storage import Stored
+
+T = TypeVar("T")
 
 CHUNK_WEIGHTS = 1 << 19
 """Weights per chunk: small enough for the cache (16 bytes a weight, 8 MiB in all), large enough
@@ -55,9 +59,14 @@ class Panel:
     The weights are centred on their group's mean: sums of squares then lose nothing to
     cancellation, and the sum of a group's weights is zero.
 
+    With an importance, every sum and mean here and in ``Moments`` counts a weight as often as its
+    input is important, relative to the other inputs of its group; so what is fitted to the sums is
+    fitted to the important inputs, and no formula changes.
+
     Args:
         rows: ``[R, G * g]`` weights of any float dtype.
         group: Weights in a group, g.
+        importance: ``[G * g]`` float32 of the inputs, above 0; None: all the same.
 
     Attributes:
         size: g.
@@ -68,13 +77,23 @@ class Panel:
         reach: The largest absolute centred weight of all groups.
         power: ``[N]`` sum of the squares of the centred weights.
         codes: ``[g, N]`` float32, integers, as the last ``encode`` left them.
+        measure: ``[g, N]`` float32 importance, of mean 1 in each group; None: 1 everywhere.
+        emphasis: ``[N]`` float32 mean importance of each group; 1 without an importance.
     """
 
-    def __init__(self, rows: Tensor, group: int) -> None:
+    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
         by_group = rows.reshape(-1, group).t()
         self.size = group
         self.weights = torch.empty(by_group.shape, dtype=torch.float32).copy_(by_group)
-        self.mean = self.weights.sum(dim=0) / group
+        self.measure: Tensor | None = None
+        self.emphasis = torch.ones(())
+        if importance is not None:
+            grouped = importance.reshape(-1, group).t()  # [g, G]
+            emphasis = grouped.mean(dim=0)
+            repeats = by_group.shape[1] // len(emphasis)
+            self.emphasis = emphasis.repeat(repeats)
+            self.measure = (grouped / emphasis).repeat(1, repeats)
+        self.mean = self.total(self.weights) / group
         self.weights -= self.mean
         self.low = self.weights.amin(dim=0)
         self.high = self.weights.amax(dim=0)
@@ -103,7 +122,7 @@ class Panel:
 
     def code_sum(self) -> Tensor:
         """Sum ``[N]`` of the present codes."""
-        return self.codes.sum(dim=0)
+        return self.total(self.codes)
 
     def moments(self) -> Moments:
         """Sums of the present codes, for fitting step and zero point to them."""
@@ -116,8 +135,15 @@ class Panel:
         residual = torch.sub(self._scaled, self.codes, out=self._product).add_(zero)
         return self._sum_product(residual, residual)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum ``[N]`` of ``[g, N]`` values over each group."""
+        return (values if self.measure is None else values * self.measure).sum(dim=0)
+
     def _sum_product(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mul(left, right, out=self._product).sum(dim=0)
+        product = torch.mul(left, right, out=self._product)
+        if self.measure is not None:
+            product *= self.measure
+        return product.sum(dim=0)
 
 
 class GroupedRows:
@@ -128,19 +154,23 @@ class GroupedRows:
     Args:
         rows: ``[R, C]`` weights of any float dtype.
         group: Weights in a group.
+        importance: ``[C]`` float32 of the inputs, above 0; None: all the same.
 
     Attributes:
         panels: The full groups of all rows, then the short last groups, as far as there are any.
     """
 
-    def __init__(self, rows: Tensor, group: int) -> None:
+    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
         self._rows, cols = rows.shape
         self._full, short = divmod(cols, group)
         self.panels: list[Panel] = []
-        if self._full:
-            self.panels.append(Panel(rows[:, : self._full * group], group))
-        if short:
-            self.panels.append(Panel(rows[:, self._full * group :], short))
+        for part, size in (
+            (slice(0, self._full * group), group),
+            (slice(self._full * group, cols), short),
+        ):
+            if size and part.start < part.stop:
+                chosen = None if importance is None else importance[part]
+                self.panels.append(Panel(rows[:, part], size, chosen))
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Cut ``[R, G]`` values into ``[N]`` for each panel."""
@@ -239,7 +269,9 @@ Solve = Callable[[GroupedRows, Scheme], tuple[Stored, Stored]]
 """What a quantizer has to do: rows -> scales and minima, both as they will be stored."""
 
 
-def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatrix:
+def quantize_rows(
+    weight: Tensor, scheme: Scheme, solve: Solve, importance: Tensor | None = None
+) -> QuantizedMatrix:
     """Quantize a matrix chunk by chunk, on up to as many threads as torch has been given.
 
     The codes are chosen last, for the scales and minima that the reader will see.
@@ -253,6 +285,7 @@ def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatr
         weight: ``[R, C]`` finite weights.
         scheme: A quantized scheme.
         solve: Chooses the scales and minima of a chunk.
+        importance: ``[C]`` float32 of the inputs, above 0; None: all the same.
     """
     rows, cols = weight.shape
     each = max(1, CHUNK_WEIGHTS // cols)
@@ -262,23 +295,44 @@ def quantize_rows(weight: Tensor, scheme: Scheme, solve: Solve) -> QuantizedMatr
     def work(first: int) -> tuple[Stored, Stored]:
         with torch.inference_mode():  # Per thread; spares bookkeeping in every small step.
             chunk = slice(first, min(first + each, rows))
-            grouped = GroupedRows(weight[chunk], scheme.group)
+            grouped = GroupedRows(weight[chunk], scheme.group, importance)
             scales, minima = solve(grouped, scheme)
             grouped.write_codes(scales, minima, top, codes[chunk])
             return scales, minima
 
-    parts = list(_workers(torch.get_num_threads()).map(work, range(0, rows, each)))
+    parts = in_workers([partial(work, first) for first in range(0, rows, each)])
+    return assemble(scheme, codes, parts)
+
+
+def assemble(
+    scheme: Scheme, codes: Tensor, parts: Sequence[tuple[Stored, Stored]]
+) -> QuantizedMatrix:
+    """Put a matrix together.
+
+    Args:
+        scheme: A quantized scheme.
+        codes: ``[R, C]`` uint8.
+        parts: Scales and minima of each chunk of rows.
+    """
     scales = Stored.concatenate([part[0] for part in parts])
     minima = Stored.concatenate([part[1] for part in parts])
     return QuantizedMatrix(
         scheme,
-        (rows, cols),
+        (codes.shape[0], codes.shape[1]),
         codes.numpy(),
         scales.codes_as_numpy(),
         minima.codes_as_numpy(),
         scales.outer_as_numpy(),
         minima.outer_as_numpy(),
     )
+
+
+def in_workers(work: Sequence[Callable[[], T]]) -> list[T]:
+    """Do each piece of work in a thread in which torch uses no further ones.
+
+    The same pieces give the same results, then, whatever the number of threads.
+    """
+    return list(_workers(torch.get_num_threads()).map(lambda piece: piece(), work))
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

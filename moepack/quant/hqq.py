@@ -30,6 +30,7 @@ from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
 
 from .grid import GroupedRows, Panel, invert, quantize_rows, refit_minima, size_lost, take_better
+from .inputs import InputMoments
 from .storage import Stored, store_minima, store_scales
 from .superscale import store_under_super_scales
 
@@ -59,24 +60,35 @@ class HalfQuadratic:
     """The ``hqq`` quantizer."""
 
     name = "hqq"
+    needs_products = False
 
     def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedMatrix:
         """See ``Quantizer.quantize``."""
         return quantize_rows(weight, scheme, solve)
 
+    def quantize_for(self, weight: Tensor, scheme: Scheme, inputs: InputMoments) -> QuantizedMatrix:
+        """See ``InputAwareQuantizer.quantize_for``: every sum counts inputs by importance."""
+        return quantize_rows(weight, scheme, solve, inputs.importance())
 
-def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
-    """Scales and minima of some rows, as they will be stored."""
+
+def solve(rows: GroupedRows, scheme: Scheme, *, full_size: bool = True) -> tuple[Stored, Stored]:
+    """Scales and minima of some rows, as they will be stored.
+
+    Args:
+        rows: The weights.
+        scheme: A quantized scheme.
+        full_size: Stretch the values to the size of the weights.
+    """
     top = (1 << scheme.bits) - 1
     fits = [fit(panel, scheme.bits) for panel in rows.panels]
-    if scheme.scale_bits != 4:
+    if full_size and scheme.scale_bits != 4:
         fits = [found.at_full_size() for found in fits]
     steps = rows.join([found.step for found in fits])
     minima = rows.join(
         [found.minimum - panel.mean for found, panel in zip(fits, rows.panels, strict=True)]
     )
     if scheme.scale_bits == 4:
-        return store_under_super_scales(rows, scheme, steps, minima)
+        return store_under_super_scales(rows, scheme, steps, minima, full_size=full_size)
     scales = store_scales(scheme, steps)
     return scales, store_minima(scheme, refit_minima(rows, scales.values(), minima, top))
 
@@ -201,6 +213,8 @@ class Outliers:
         size = residual.abs()
         taken = size - size.pow(LP_NORM - 1).div_(beta)
         taken = taken.clamp_(min=0).copysign_(residual)
+        if panel.measure is not None:
+            taken *= panel.measure[:, groups]
         return Outliers(groups, taken.sum(dim=0), (taken * codes).sum(dim=0))
 
 

@@ -10,6 +10,7 @@ M = R * S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,13 +34,14 @@ from .storage import (
 SHARES = (1.0, 1.03, 0.97, 0.94, 0.9, 0.86, 0.8)
 """Super-scales to try, as shares of the smallest that does not clip the largest scale."""
 ANCHOR_TURNS = 3
-NEIGHBOURS = ((0, (0, -1, 1)), (-1, (0, -1, 1)), (1, (0, -1, 1)))
+Neighbours = Sequence[tuple[int, tuple[int, ...]]]
+NEIGHBOURS: Neighbours = ((0, (0, -1, 1)), (-1, (0, -1, 1)), (1, (0, -1, 1)))
 """Moves of a scale's code, each with moves of the minimum's, to try. Staying wins a tie."""
 _CONDITION = 1e-5
 
 
 def store_under_super_scales(
-    rows: GroupedRows, scheme: Scheme, steps: Tensor, minima: Tensor
+    rows: GroupedRows, scheme: Scheme, steps: Tensor, minima: Tensor, *, full_size: bool = True
 ) -> tuple[Stored, Stored]:
     """Round to 4 bits what was fitted freely, and fit again around the rounded values.
 
@@ -48,6 +50,7 @@ def store_under_super_scales(
         scheme: A scheme with 4-bit scales.
         steps: ``[R, G]`` the best scales.
         minima: ``[R, G]`` the best minima.
+        full_size: Stretch the values to the size of the weights.
     """
     top = (1 << scheme.bits) - 1
     negative = negative_minima(scheme, minima)
@@ -55,8 +58,31 @@ def store_under_super_scales(
     scales = store_scales(scheme, steps, SHARES)
     minima = refit_minima(rows, scales.values(), minima, top)
     stored = scales, store_minima(scheme, minima, negative, SHARES)
-    stored = _try_neighbours(rows, *stored, top)
-    return _refit_outer(rows, scheme, *stored, top)
+    return improve(rows, scheme, *stored, NEIGHBOURS, full_size=full_size)
+
+
+def improve(
+    rows: GroupedRows,
+    scheme: Scheme,
+    scales: Stored,
+    minima: Stored,
+    neighbours: Neighbours,
+    *,
+    full_size: bool = True,
+) -> tuple[Stored, Stored]:
+    """Move 4-bit codes to better neighbours, then refit what they lie under.
+
+    Args:
+        rows: The weights.
+        scheme: A scheme with 4-bit scales.
+        scales: As stored so far.
+        minima: As stored so far.
+        neighbours: Which moves to try.
+        full_size: Stretch the values to the size of the weights.
+    """
+    top = (1 << scheme.bits) - 1
+    stored = _try_neighbours(rows, scales, minima, neighbours, top)
+    return _refit_outer(rows, scheme, *stored, top, full_size=full_size)
 
 
 def _anchor_at_zero(
@@ -97,12 +123,12 @@ def _step_from_zero(panel: Panel, top: int) -> Tensor:
 
 
 def _try_neighbours(
-    rows: GroupedRows, scales: Stored, minima: Stored, top: int
+    rows: GroupedRows, scales: Stored, minima: Stored, neighbours: Neighbours, top: int
 ) -> tuple[Stored, Stored]:
     """For each group the best of the present 4-bit codes and those one up or down."""
     arrays = (scales.codes, scales.spread_outer(), minima.codes, minima.spread_outer())
     found = [
-        _best_neighbour(panel, *parts, top=top)
+        best_neighbour(panel, *parts, neighbours=neighbours, top=top)
         for panel, *parts in zip(rows.panels, *map(rows.split, arrays), strict=True)
     ]
     return (
@@ -111,19 +137,30 @@ def _try_neighbours(
     )
 
 
-def _best_neighbour(
+def best_neighbour(
     panel: Panel,
     scale: Tensor,
     outer_scale: Tensor,
     minimum: Tensor,
     outer_minimum: Tensor,
     *,
+    neighbours: Neighbours,
     top: int,
 ) -> tuple[Tensor, Tensor]:
-    """The 4-bit codes ``[N]`` of scales and minima with the least squared error."""
+    """The 4-bit codes ``[N]`` of scales and minima with the least squared error.
+
+    Args:
+        panel: The groups.
+        scale: ``[N]`` present codes of the scales.
+        outer_scale: ``[N]`` super-scales.
+        minimum: ``[N]`` present codes of the minima.
+        outer_minimum: ``[N]`` super-minima.
+        neighbours: Which moves to try.
+        top: The largest code of a weight.
+    """
     best: Tensor | None = None
     best_scale, best_minimum = scale.clone(), minimum.clone()
-    for up, alongs in NEIGHBOURS:
+    for up, alongs in neighbours:
         tried_scale = (scale + up).clamp_(1, CODE_TOP)
         step = tried_scale * outer_scale
         inverse = invert(step)
@@ -140,11 +177,18 @@ def _best_neighbour(
 
 
 def _refit_outer(
-    rows: GroupedRows, scheme: Scheme, scales: Stored, minima: Stored, top: int
+    rows: GroupedRows,
+    scheme: Scheme,
+    scales: Stored,
+    minima: Stored,
+    top: int,
+    *,
+    full_size: bool,
 ) -> tuple[Stored, Stored]:
     """Super-scale and super-minimum by least squares, the 4-bit and the weights' codes fixed.
 
-    Both are stretched by what least squares makes the values smaller than the weights.
+    At full size, both are stretched by what least squares makes the values smaller than the
+    weights.
     """
     sums = [panel.moments() for panel in rows.encode(scales.values(), minima.values(), top)]
     q, qq = rows.join([part.q for part in sums]), rows.join([part.qq for part in sums])
@@ -153,8 +197,10 @@ def _refit_outer(
     qw = rows.join([part.qw for part in sums]) + mean * q  # Of the weights before centring.
     scale, minimum = scales.codes, minima.codes
 
+    emphasis = rows.gather(lambda panel: panel.emphasis.expand_as(panel.mean))
+
     def total(values: Tensor) -> Tensor:
-        return by_super(values, scheme).sum(dim=0)  # [M]
+        return by_super(values * emphasis, scheme).sum(dim=0)  # [M]
 
     # Normal equations of  weight = x * (scale * q) - y * minimum.
     xx = total(scale * scale * qq)
@@ -167,10 +213,11 @@ def _refit_outer(
     y = (xx * wy - xy * wx) / determinant
     # Not if all minima are 0, say, and never to a step of nothing.
     sound = (determinant > _CONDITION * xx * yy) & (x > 0)
-    gain = size_lost(
-        total(rows.gather(lambda panel: panel.power) + mean * mean * size), x * wx + y * wy
-    )
-    return _with_outer(scales, x * gain, sound), _with_outer(minima, y * gain, sound)
+    if full_size:
+        power = total(rows.gather(lambda panel: panel.power) + mean * mean * size)
+        gain = size_lost(power, x * wx + y * wy)
+        x, y = x * gain, y * gain
+    return _with_outer(scales, x, sound), _with_outer(minima, y, sound)
 
 
 def _with_outer(stored: Stored, fitted: Tensor, sound: Tensor) -> Stored:

@@ -98,13 +98,13 @@ def check_arrays(matrix: QuantizedMatrix, scheme: Scheme, shape: tuple[int, int]
 
 def test_default_first() -> None:
     assert quantizer_names()[0] == "hqq"
-    assert set(quantizer_names()) >= {"hqq", "rtn", "hqq-lib"}
+    assert set(quantizer_names()) >= {"hqq", "rtn", "hqq-lib", "search", "gptq"}
     assert get_quantizer().name == "hqq"
 
 
-@pytest.mark.parametrize("name", ["gptq", "", "grid", "hqq_lib", "../rtn"])
+@pytest.mark.parametrize("name", ["symmetric", "", "grid", "hqq_lib", "../rtn"])
 def test_unknown_quantizer_names_the_others(name: str) -> None:
-    with pytest.raises(UsageError, match="one of hqq, hqq-lib, rtn"):
+    with pytest.raises(UsageError, match="one of hqq, gptq, hqq-lib, rtn, search"):
         get_quantizer(name)
 
 

@@ -1,0 +1,88 @@
+"""``moepack plan``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from moepack_runtime.options import format_size, parse_size
+
+from .common import common_options, print_json, set_up
+
+
+@click.command("plan")
+@click.argument("src")
+@click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory to use.")
+@click.option(
+    "--ram", type=parse_size, metavar="SIZE", help="Memory to use [default: a safe share]."
+)
+@click.option(
+    "--disk", type=parse_size, metavar="SIZE", help="Disk to use [default: what is free]."
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default=".",
+    help="Where the pack would lie; that disk is measured.",
+)
+@click.option("--attn-bits", type=int, default=4, show_default=True, help="As for convert.")
+@click.option("--revision", help="Branch, tag or commit of a Hub source.")
+@common_options
+def command(
+    src: str,
+    vram: int,
+    ram: int | None,
+    disk: int | None,
+    folder: Path,
+    attn_bits: int,
+    revision: str | None,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Say which recipe for SRC, a checkpoint folder or a Hub id, fits this machine.
+
+    Of a Hub source only the small files are downloaded. Memory and disk are measured for a second.
+    """
+    set_up(verbose)
+    from moepack.convert.checkpoint import source_config
+    from moepack.convert.output_folder import free_nbytes
+    from moepack.convert.sizing import Machine, best, disk_speed, memory_speed, recipes, sizes_of
+    from moepack_runtime.memory import default_budget
+
+    sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits)
+    machine = Machine(
+        vram,
+        default_budget() if ram is None else ram,
+        free_nbytes(folder) if disk is None else disk,
+        memory_speed(),
+        disk_speed(folder),
+    )
+    fits = recipes(sizes, machine)
+    chosen = best(fits)
+    if as_json:
+        print_json(
+            {
+                "recipe": asdict(chosen),
+                "recipes": [asdict(one) for one in fits],
+                "expert_parameters": sizes.expert_parameters,
+                "trunk_bytes": sizes.trunk_nbytes,
+                "machine": asdict(machine),
+            }
+        )
+        return
+    click.echo(
+        f"{sizes.expert_parameters:,} expert parameters, trunk {format_size(sizes.trunk_nbytes)}; "
+        f"memory {machine.memory_speed / 1e9:.1f} GB/s, disk {machine.disk_speed / 1e9:.2f} GB/s"
+    )
+    click.echo("  experts          bits  size        in memory  tok/s at most")
+    for one in fits:
+        mark = "*" if one == chosen else " "
+        note = "" if one.fits_disk else "  (more than the disk)"
+        click.echo(
+            f"{mark} {one.name:14} {one.bits:6.3f}  {format_size(one.nbytes):10}  "
+            f"{one.resident:8.0%}  {one.tokens_per_s:10.1f}{note}"
+        )
+    click.echo(f"moepack convert {src} OUT --attn-bits {attn_bits} {chosen.options}")

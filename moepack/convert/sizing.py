@@ -1,0 +1,244 @@
+"""Which recipe fits a machine, and how fast it may run: from a config alone, before any download.
+
+Speed is what bandwidth allows: every weight that a token needs is read once, from memory where it
+is resident and from the disk where it is not. An expert is taken to be resident as often as there
+is room for it, which is pessimistic: real texts ask for some experts more than for others.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+
+from moepack_formats import osio
+from moepack_formats.errors import UsageError
+from moepack_formats.record import plan_record
+from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
+from moepack_runtime.experts import find_experts
+
+from .meta_model import build_meta_model
+from .trunk_policy import trunk_policy
+
+RECIPES = ("q8g64", "q4g64", "q3g32s4", "q2g16s4", "q2g64")
+"""Schemes of the experts, from the largest."""
+
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+_TEST_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a config says of a model.
+
+    Attributes:
+        expert_parameters: Weights of the routed experts.
+        trunk_nbytes: Everything else, as packed.
+        record_nbytes: ``{scheme: bytes of all experts}``.
+        token_nbytes: ``{scheme: bytes of the experts that one token asks for}``.
+    """
+
+    expert_parameters: int
+    trunk_nbytes: int
+    record_nbytes: dict[str, int]
+    token_nbytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Room and bandwidths.
+
+    Attributes:
+        vram, ram, disk: Bytes that may be used.
+        memory_speed: Bytes a second from memory.
+        disk_speed: Bytes a second from the disk.
+    """
+
+    vram: int
+    ram: int
+    disk: int
+    memory_speed: float
+    disk_speed: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe on a machine.
+
+    Attributes:
+        name: A scheme, or ``mixed`` with its bits.
+        options: What to give to ``moepack convert``.
+        bits: True bits a weight of the experts.
+        nbytes: Size of the pack.
+        resident: Share of the experts that fit into memory beside the trunk.
+        tokens_per_s: What bandwidth allows; 0 where the trunk itself does not fit.
+        fits_disk: Whether the pack fits on the disk.
+    """
+
+    name: str
+    options: str
+    bits: float
+    nbytes: int
+    resident: float
+    tokens_per_s: float
+    fits_disk: bool
+
+
+def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
+    """Sizes of a model from its ``config.json``.
+
+    Raises:
+        UsageError: The model is not supported, or does not say how many experts a token has.
+    """
+    model = build_meta_model(config)
+    adapters = find_experts(model)
+    expert_names = {f"{a.name}.{p}" for a in adapters for p in a.parameters}
+    scheme = get_scheme(DEFAULT_SCHEME[attn_bits]) if attn_bits < 16 else None
+    packed: dict[str, int] = {}
+    if scheme is not None:
+        for linear in trunk_policy(model, adapters, scheme).packed:
+            packed[f"{linear.name}.weight"] = scheme.packed_nbytes(linear.rows, linear.cols)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    trunk = sum(
+        packed.get(name, tensor.numel() * tensor.element_size())
+        for name, tensor in model.state_dict().items()
+        if name not in expert_names and name not in tied
+    )
+    top_k = _top_k(config)
+    whole, token = dict.fromkeys(RECIPES, 0), dict.fromkeys(RECIPES, 0)
+    parameters = 0
+    for adapter in adapters:
+        for name in RECIPES:
+            spec = plan_record(
+                adapter.hidden_size,
+                adapter.intermediate_size,
+                name,
+                name,
+                gated=adapter.gated,
+                bias=adapter.has_bias,
+            )
+            whole[name] += spec.nbytes * adapter.num_experts
+            token[name] += spec.nbytes * min(top_k, adapter.num_experts)
+        matrices = 2 + adapter.gated
+        size = adapter.hidden_size * adapter.intermediate_size * matrices
+        parameters += size * adapter.num_experts
+    return ModelSizes(parameters, trunk, whole, token)
+
+
+def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
+    """Every recipe on a machine, the largest first; and a mixture that just fits into memory."""
+    found = [
+        _fit(name, f"--scheme {name}", sizes, machine, sizes.record_nbytes[name], name)
+        for name in RECIPES
+    ]
+    room = machine.ram + machine.vram - sizes.trunk_nbytes
+    low, high = sizes.record_nbytes[RECIPES[-1]], sizes.record_nbytes["q4g64"]
+    if low < room < high and all(abs(room - one.nbytes) > 0.01 * room for one in found):
+        bits = int(room * 800 / sizes.expert_parameters) / 100
+        nbytes = int(bits * sizes.expert_parameters / 8)
+        like = next(n for n in RECIPES if sizes.record_nbytes[n] <= room)
+        options = f"--expert-bits {bits:g}"
+        found.append(_fit(f"mixed {bits:g}", options, sizes, machine, nbytes, like))
+    return sorted(found, key=lambda one: -one.nbytes)
+
+
+def best(fits: list[Fit]) -> Fit:
+    """The most bits that are whole in memory; else the fastest that the disk can hold.
+
+    Raises:
+        UsageError: None fits.
+    """
+    possible = [one for one in fits if one.fits_disk and one.tokens_per_s > 0]
+    if not possible:
+        raise UsageError("no recipe fits this disk and memory")
+    whole = [one for one in possible if one.resident >= 1]
+    if whole:
+        return max(whole, key=lambda one: one.bits)
+    return max(possible, key=lambda one: one.tokens_per_s)
+
+
+def memory_speed() -> float:
+    """Bytes a second that all threads together read from memory."""
+    data = torch.ones(_TEST_NBYTES // 4, dtype=torch.float32)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    return _TEST_NBYTES / min(times)
+
+
+def disk_speed(folder: Path) -> float:
+    """Bytes a second that one thread reads from the disk of a folder, past the page cache.
+
+    Raises:
+        ResourceError: Nothing can be written there.
+    """
+    with osio.io_errors(folder), NamedTemporaryFile(dir=folder, prefix=".moepack-speed-") as file:
+        file.write(os.urandom(_TEST_NBYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        return max(_read_speeds(file.name))
+
+
+def _read_speeds(name: str) -> Iterator[float]:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags | getattr(os, "O_DIRECT", 0))
+    except OSError:  # a file system without direct reads
+        descriptor = os.open(name, flags)
+    try:
+        with mmap.mmap(-1, 8 << 20) as buffer:  # aligned to pages
+            for _ in range(2):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                start, done = time.perf_counter(), 0
+                while count := os.preadv(descriptor, [buffer], done):
+                    done += count
+                yield done / (time.perf_counter() - start)
+    finally:
+        os.close(descriptor)
+
+
+def _fit(
+    name: str, options: str, sizes: ModelSizes, machine: Machine, experts: int, like: str
+) -> Fit:
+    """A recipe whose experts take ``experts`` bytes, a token's share being as that of ``like``."""
+    nbytes = sizes.trunk_nbytes + experts
+    room = machine.ram + machine.vram - sizes.trunk_nbytes
+    resident = min(max(room / experts, 0.0), 1.0)
+    token = sizes.token_nbytes[like] * experts / sizes.record_nbytes[like]
+    seconds = (sizes.trunk_nbytes + token) / machine.memory_speed
+    seconds += token * (1 - resident) / machine.disk_speed
+    bits = experts * 8 / sizes.expert_parameters
+    speed = 1 / seconds if room > 0 else 0.0
+    return Fit(name, options, bits, nbytes, resident, speed, nbytes <= machine.disk)
+
+
+def _top_k(config: Mapping[str, Any]) -> int:
+    """Experts a token is sent to."""
+    for key in _TOP_K:
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    for value in config.values():
+        if isinstance(value, Mapping):
+            try:
+                return _top_k(value)
+            except UsageError:
+                continue
+    raise UsageError("the config does not say how many experts a token has", where="config.json")

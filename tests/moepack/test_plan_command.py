@@ -1,0 +1,79 @@
+"""``moepack plan``: sizes from a config alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepack.cli import run
+from moepack.convert.meta_model import build_meta_model
+from moepack.convert.sizing import Machine, best, recipes, sizes_of
+from moepack_formats.errors import UsageError
+from tests import families
+from tests.packs import make_pack
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-moe"
+CONFIG: dict[str, Any] = json.loads((TINY / "config.json").read_text())
+
+
+def machine(ram: int, disk: int = 1 << 40) -> Machine:
+    return Machine(0, ram, disk, memory_speed=40e9, disk_speed=1e9)
+
+
+@pytest.mark.parametrize("scheme", ["q2g64", "q3g32s4"])
+def test_sizes_are_those_of_the_pack(tmp_path: Path, scheme: str) -> None:
+    sizes = sizes_of(CONFIG)
+    manifest = make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn")
+    assert sizes.record_nbytes[scheme] == manifest.sizes.expert_nbytes
+    assert sizes.trunk_nbytes == manifest.sizes.trunk_nbytes
+    assert sizes.expert_parameters == manifest.sizes.expert_parameters
+    assert sizes.token_nbytes[scheme] == manifest.sizes.expert_nbytes // 4  # 2 of 8
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family_can_be_sized(family: str) -> None:
+    config = families.config_of(family).to_dict()
+    sizes = sizes_of(config)
+    assert build_meta_model(config) is not None
+    assert 0 < sizes.token_nbytes["q2g64"] < sizes.record_nbytes["q2g64"]
+
+
+def test_more_memory_is_more_bits() -> None:
+    sizes = sizes_of(CONFIG)
+    chosen = [best(recipes(sizes, machine(ram))) for ram in (5_700_000, 6_300_000, 9_000_000)]
+    assert [one.resident for one in chosen] == [1, 1, 1]
+    assert chosen[0].bits < chosen[1].bits < chosen[2].bits
+    assert chosen[1].name.startswith("mixed")
+
+
+def test_too_little_memory_reads_from_the_disk() -> None:
+    found = best(recipes(sizes_of(CONFIG), machine(4_000_000)))
+    assert found.name == "q2g64"
+    assert 0 < found.resident < 1
+    slow = Machine(0, 4_000_000, 1 << 40, memory_speed=40e9, disk_speed=1e7)
+    assert best(recipes(sizes_of(CONFIG), slow)).tokens_per_s < found.tokens_per_s
+
+
+@pytest.mark.parametrize(("ram", "disk"), [(1 << 30, 1 << 20), (1 << 20, 1 << 40)])
+def test_nothing_fits(ram: int, disk: int) -> None:
+    with pytest.raises(UsageError, match="no recipe fits"):
+        best(recipes(sizes_of(CONFIG), machine(ram, disk)))
+
+
+def test_only_the_config_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(TINY / "config.json", source)
+    folder = ["--folder", str(tmp_path)]
+    assert run(["plan", str(source), "--ram", "6MiB", *folder, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["recipe"]["nbytes"] <= 6 << 20
+    assert values["machine"]["disk_speed"] > 0
+    assert run(["plan", str(source), "--ram", "6MiB", *folder]) == 0
+    shown = capsys.readouterr().out
+    assert f"convert {source} OUT --attn-bits 4 {values['recipe']['options']}" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -173,7 +173,7 @@ def test_a_scheme_is_exact(wide: Path, tmp_path: Path) -> None:
 
 
 def logits_of(pack: Path, ids: torch.Tensor) -> torch.Tensor:
-    return families.logits(load_pack(pack), ids)
+    return families.logits(load_pack(pack, activations="float"), ids)
 
 
 def convert_heads(source: Path, folder: Path) -> dict[int, Manifest]:
@@ -237,7 +237,7 @@ def test_head_logits(
 def test_head_equals_its_codes(which: str, bits: int, request: pytest.FixtureRequest) -> None:
     """Embedding rows, and logits, are exactly those of a stock model with the same weights."""
     folder, _ = request.getfixturevalue(which)
-    model = load_pack(folder / str(bits))
+    model = load_pack(folder / str(bits), activations="float")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding)
     shape = embedding.num_embeddings, embedding.embedding_dim
@@ -254,7 +254,7 @@ def test_untied_heads_equal_the_stock_model(untied: Any, checkpoint: Path) -> No
     from transformers import AutoModelForCausalLM
 
     folder, _ = untied
-    packed = load_pack(folder / "4")
+    packed = load_pack(folder / "4", activations="float")
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     same = with_weights_of_pack(stock, packed)
     ids = families.tokens()
@@ -268,7 +268,7 @@ def test_a_tied_head_is_stored_once(tied: Any) -> None:
     assert "model.embed_tokens.packed" in manifests[4].trunk
     assert "lm_head.packed" not in manifests[4].trunk
     assert "lm_head.weight" not in manifests[4].trunk
-    model = load_pack(folder / "4")
+    model = load_pack(folder / "4", activations="float")
     assert not any(name.startswith("lm_head") for name in model.state_dict())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -197,6 +200,8 @@ class Writer:
             seen_prompt = False
 
             def put(self, value: Any) -> None:
+                if interrupted:  # the first exception was lost in a callback of a library
+                    raise KeyboardInterrupt
                 if not self.seen_prompt:
                     self.seen_prompt = True
                 else:
@@ -212,7 +217,9 @@ class Writer:
                 if show:
                     click.echo(text, nl=stream_end)
 
+        interrupted: list[bool] = []
         stream = Stream(self._tokenizer, skip_special_tokens=True)
+        restore = _note_interrupts(interrupted)
         try:
             self._model.generate(
                 ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._options
@@ -220,6 +227,8 @@ class Writer:
         except KeyboardInterrupt:
             stream.end()  # type: ignore[no-untyped-call]
             raise
+        finally:
+            restore()
         return reply
 
 
@@ -228,6 +237,19 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         raise UsageError("not a UTF-8 text", where="standard input") from None
+
+
+def _note_interrupts(interrupted: list[bool]) -> Callable[[], object]:
+    """Make Ctrl-C leave a note besides raising; returns what undoes it."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def note(_signal: int, _frame: object) -> None:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
+    return lambda: signal.signal(signal.SIGINT, previous)
 
 
 def _generation_options(

@@ -230,6 +230,7 @@ def random_model(
     """A model with random weights, in evaluation mode and with transformers' eager experts."""
     config = config_of(family, **changes)
     auto: Any = AutoModelForImageTextToText if family == "step3p7" else AutoModelForCausalLM
+    torch.manual_seed(seed)  # vectors keep a part of the class's own, random initial values
     model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

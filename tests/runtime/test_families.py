@@ -48,7 +48,9 @@ def test_sixteen_bits_equal_the_stock_model(family: Any) -> None:
     model = load(folder / "16")
     ids = families.tokens()
     wanted = families.logits(stock, ids)
-    torch.testing.assert_close(families.logits(model, ids), wanted, atol=1e-5, rtol=1e-5)
+    # Of the largest logit: experts are summed in another order than stock's, and float32 rounds.
+    tolerance = 1e-5 * max(1.0, wanted.abs().max().item())
+    torch.testing.assert_close(families.logits(model, ids), wanted, atol=tolerance, rtol=0)
     assert torch.equal(greedy(model, ids), greedy(stock, ids))
 
 

@@ -5,6 +5,8 @@ Shape letters: T tokens, K experts a token, H hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,8 @@ class ExpertsCompute:
         self._engine = engine
         self._one_token: OneToken | None = None
         self._asked_for_one_token = False
+        self._native: Any | None = None
+        self._table: Any | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
@@ -68,6 +72,20 @@ class ExpertsCompute:
             y = self._engine.expert(record, spec, self._adapter, x)
             outputs[places] = y * weights[places]
         return outputs.view(tokens, choices, -1).sum(dim=1).to(hidden.dtype)
+
+    @property
+    def native_layer(self) -> Any | None:
+        """What a tape computes this layer with (``native.ExpertsLayer``), or None.
+
+        Records that stay where they are go into its table as they are first used, and are then
+        computed with without coming back here.
+        """
+        if self._native is None:
+            fused = self._fused()
+            make = getattr(fused, "layer", None)
+            if make is not None:
+                self._native, self._table = make([at.spec for at in self._records])
+        return self._native
 
     def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
         if self._layer == 0:
@@ -95,6 +113,9 @@ class ExpertsCompute:
         if len(places) < len(index):
             weights = weights[places]
         outputs = None
+        if self._table is not None:
+            for expert in needed:
+                self._table[expert] = self._residency.address(self._layer, expert)
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]

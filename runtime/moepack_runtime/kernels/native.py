@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.record import RecordSpec
 from moepack_formats.schemes import SCHEMES, TILE_ROWS, Scheme
 
-ABI = 1
+ABI = 2
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 _SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
@@ -51,6 +52,22 @@ class _Layout(ctypes.Structure):
     )
 
 
+class ExpertsLayer(ctypes.Structure):
+    """``moepack_experts_layer``: the experts of one layer whose records are at hand."""
+
+    _fields_ = (
+        ("records", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("chosen", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("activation", _Activation),
+        ("gated", ctypes.c_int32),
+        ("demanded", ctypes.c_int64),
+    )
+
+
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "moepack_isa": (ctypes.c_char_p, []),
@@ -68,6 +85,7 @@ _SIGNATURES = {
         [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT],
     ),
     "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _POINTER]),
+    "moepack_tape_run": (_LONG, [_POINTER, _LONG, _LONG, _INT, _INT]),
     "moepack_read": (ctypes.c_uint64, [_POINTER, _LONG, _INT]),
 }
 
@@ -332,6 +350,31 @@ class FusedExperts:
         assert result is not None  # one of the two was made
         return result
 
+    def layer(self, specs: Sequence[RecordSpec]) -> tuple[ExpertsLayer, ctypes.Array[Any]]:
+        """What a tape computes a whole layer with.
+
+        Args:
+            specs: The layout of every expert's record.
+
+        Returns:
+            The layer, and the table of its records' addresses, all of them still missing.
+        """
+        records = (_POINTER * len(specs))()
+        layouts = (_POINTER * len(specs))(*(ctypes.addressof(self._layout(s)) for s in specs))
+        hidden, intermediate = self._sizes
+        layer = ExpertsLayer(
+            ctypes.addressof(records),
+            ctypes.addressof(layouts),
+            len(specs),
+            0,
+            hidden,
+            intermediate,
+            self._activation,
+            self._gated,
+        )
+        layer.owner = (records, layouts, specs, self)  # addresses keep nothing alive
+        return layer, records
+
     def _layout(self, spec: RecordSpec) -> _Layout:
         known = self._layouts.get(id(spec))
         if known is None:
@@ -348,6 +391,18 @@ class FusedExperts:
             known = spec, _Layout(*schemes, *offsets, spec.payload_nbytes)
             self._layouts[id(spec)] = known
         return known[1]
+
+
+def play(steps: ctypes.Array[Any], begin: int, end: int, int8: bool, threads: int) -> int:
+    """Run steps of a tape; see ``moepack_tape_run`` in csrc/moepack.h.
+
+    Returns:
+        The first step that was not done, ``end`` when all were.
+    """
+    at = int(_library().moepack_tape_run(steps, begin, end, int8, threads))
+    if at < begin:
+        raise ValueError("the native library refused a tape")
+    return at
 
 
 def sum_rows(rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape letters: T tokens, H hidden size, I intermediate size, K experts of a toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +33,17 @@ class NativeEngine:
     """
 
     def __init__(self, *, int8: bool, threads: int | None = None) -> None:
-        self._int8, self._own_threads = int8, threads
+        self.int8, self._own_threads = int8, threads
 
     @property
-    def _threads(self) -> int:
+    def threads(self) -> int:
+        """Threads that compute."""
         return self._own_threads or torch.get_num_threads()
 
     @property
     def name(self) -> str:
         """See :class:`moepack_runtime.kernels.Engine`."""
-        return f"native ({native.available()}, {'int8' if self._int8 else 'float'} activations)"
+        return f"native ({native.available()}, {'int8' if self.int8 else 'float'} activations)"
 
     def linear(
         self,
@@ -61,8 +63,8 @@ class NativeEngine:
             scheme,
             shape,
             None if bias is None else bias.float(),
-            int8=self._int8,
-            threads=self._threads,
+            int8=self.int8,
+            threads=self.threads,
         )
         return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
 
@@ -77,7 +79,7 @@ class NativeEngine:
         """See :class:`moepack_runtime.kernels.Engine`."""
         rows = shape[0] if tiles is None else TILE_ROWS * len(tiles)
         return native.decode(
-            packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=self._threads
+            packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=self.threads
         )
 
     def expert(
@@ -96,7 +98,7 @@ class NativeEngine:
         fused = native.FusedExperts(
             adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
         )
-        return _OneToken(fused, self._int8, self._own_threads)
+        return _OneToken(fused, self.int8, self._own_threads)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -146,6 +148,10 @@ class _OneToken:
         return self._fused(
             x, records, specs, weights, int8=self._int8, threads=threads, outputs=outputs
         )
+
+    def layer(self, specs: Sequence[RecordSpec]) -> tuple[native.ExpertsLayer, Any]:
+        """See :meth:`moepack_runtime.kernels.native.FusedExperts.layer`."""
+        return self._fused.layer(specs)
 
     def total(self, outputs: Tensor) -> Tensor:
         return native.sum_rows(outputs)

@@ -22,7 +22,7 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
 }
 
 // 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
-MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
+MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
   for (int g = 0; g < 2; ++g)
     for (int i = 0; i < kLanes; ++i) {
@@ -51,7 +51,7 @@ MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
       q[16 * g + i] = static_cast<int8_t>(code);
       sum += code;
     }
-    sums[g] = sum;
+    sums[g] = static_cast<int16_t>(sum);
   }
   return most / 127.0f;
 }
@@ -65,7 +65,7 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   float sum = 0;
   for (int64_t half = 0; half < 2; ++half) {
     int64_t at = 2 * block + half;
-    int32_t* sums = row.qsum16 + 2 * at;
+    int16_t* sums = row.qsum16 + 2 * at;
     row.step[at] = quantize_step(x + half * kStepCols, row.q + at * kStepCols, sums);
     sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
   }
@@ -240,8 +240,8 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   fill_schemes<V, 0>(k);
   k.quantize_block = quantize_block, k.copy_block = copy_block, k.activate = activate;
   k.to_bf16 = to_bf16, k.read_sum = read_sum;
-  k.unary = unary, k.binary = binary, k.dot = dot, k.sum = sum, k.softmax = softmax;
-  k.add_scaled = add_scaled;
+  k.unary = unary, k.binary = binary, k.sum = sum, k.softmax = softmax;
+  k.dot = dot<V>, k.add_scaled = add_scaled<V>;
   return k;
 }
 

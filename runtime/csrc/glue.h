@@ -1,6 +1,5 @@
 // What a model does between its matrices, compiled for each instruction set: element by element,
-// sums, softmax. Sums run in 16 lanes that are added at the end, so every instruction set gives the
-// same bits.
+// sums, softmax. Sums run in 16 lanes that are added at the end.
 #pragma once
 #include "lanes.h"
 
@@ -109,20 +108,29 @@ float sum(const float* a, int64_t n) {
   return add_lanes(lanes);
 }
 
-float dot(const float* a, const float* b, int64_t n) {
-  // Two sums a lane, so that an addition need not wait for the one before.
-  float lanes[2][kLanes] = {};
+template <class V> MOEPACK_INLINE typename V::Floats load_floats(const float* p) {
+  return V::load_f32(reinterpret_cast<const uint8_t*>(p));
+}
+
+template <class V> float dot(const float* a, const float* b, int64_t n) {
+  typename V::Floats sums[2] = {V::zero(), V::zero()};  // an addition need not wait for the last
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     for (int h = 0; h < 2; ++h)
-      for (int j = 0; j < kLanes; ++j) lanes[h][j] += a[i + h * kLanes + j] * b[i + h * kLanes + j];
-  for (int j = 0; i < n; ++i, j = (j + 1) % kLanes) lanes[0][j] += a[i] * b[i];
-  for (int j = 0; j < kLanes; ++j) lanes[0][j] += lanes[1][j];
-  return add_lanes(lanes[0]);
+      sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_floats<V>(b + i + h * kLanes),
+                       sums[h]);
+  float lanes[kLanes];
+  V::store(lanes, V::add(sums[0], sums[1]));
+  for (int j = 0; i < n; ++i, j = (j + 1) % kLanes) lanes[j] += a[i] * b[i];
+  return add_lanes(lanes);
 }
 
-void add_scaled(const float* a, float scale, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] += scale * a[i];
+template <class V> void add_scaled(const float* a, float scale, float* out, int64_t n) {
+  typename V::Floats s = V::set(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    V::store(out + i, V::fma(load_floats<V>(a + i), s, load_floats<V>(out + i)));
+  for (; i < n; ++i) out[i] += scale * a[i];
 }
 
 void softmax(const float* a, int64_t n, float* out) {

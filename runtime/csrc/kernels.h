@@ -12,7 +12,7 @@ struct Row {
   int8_t* q;        // [C] x ~ q * step
   float* step;      // [C / 32] absmax of 32 inputs / 127
   float* sum64;     // [C / 64] sums of q * step
-  int32_t* qsum16;  // [C / 16] sums of q
+  int16_t* qsum16;  // [C / 16] sums of q
 };
 
 // Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,

@@ -5,7 +5,8 @@ Shape letters: T tokens, H hidden size, I intermediate size, K experts of a toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from .activation import recognize
 from .reference import decode_projection
 
 SMALL_TOKENS = 8
-"""Up to this many tokens are multiplied with packed bytes; above, decoding once is faster."""
+"""Up to this many tokens float activations are multiplied with packed bytes; above, decoding the
+matrix once is faster. For int8 activations it never is."""
 
 
 class NativeEngine:
@@ -45,6 +47,15 @@ class NativeEngine:
         """See :class:`moepack_runtime.kernels.Engine`."""
         return f"native ({native.available()}, {'int8' if self.int8 else 'float'} activations)"
 
+    @contextmanager
+    def float_activations(self) -> Iterator[None]:
+        """Do not round activations inside the block."""
+        int8, self.int8 = self.int8, False
+        try:
+            yield
+        finally:
+            self.int8 = int8
+
     def linear(
         self,
         x: Tensor,
@@ -55,7 +66,7 @@ class NativeEngine:
     ) -> Tensor:
         """See :class:`moepack_runtime.kernels.Engine`."""
         tokens = x.numel() // shape[1]
-        if not 0 < tokens <= SMALL_TOKENS:
+        if not self._from_packed(tokens, scheme):
             return F.linear(x, self.decode(packed, scheme, shape, x.dtype), bias)
         y = native.linear(
             x.reshape(tokens, -1).float().contiguous(),
@@ -67,6 +78,9 @@ class NativeEngine:
             threads=self.threads,
         )
         return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
+
+    def _from_packed(self, tokens: int, scheme: Scheme) -> bool:
+        return 0 < tokens <= SMALL_TOKENS or (tokens > 0 and self.int8 and not scheme.is_raw)
 
     def decode(
         self,
@@ -98,7 +112,7 @@ class NativeEngine:
         fused = native.FusedExperts(
             adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
         )
-        return _OneToken(fused, self.int8, self._own_threads)
+        return _OneToken(fused, self)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -106,7 +120,7 @@ class NativeEngine:
         assert tensor is not None  # check_spec has seen it
         data = record[tensor.offset : tensor.offset + tensor.nbytes]
         scheme, (rows, cols) = get_scheme(tensor.scheme), tensor.shape
-        if 0 < len(x) <= SMALL_TOKENS:
+        if self._from_packed(len(x), scheme):
             stored = tensor.padded[0] if name == "gate_up" else rows
             y = self.linear(x, data, scheme, (stored, cols), None)
             if name == "gate_up":  # tiles of gate and up alternate
@@ -133,8 +147,8 @@ class NativeEngine:
 class _OneToken:
     """See :class:`moepack_runtime.kernels.OneToken`."""
 
-    def __init__(self, fused: native.FusedExperts, int8: bool, threads: int | None) -> None:
-        self._fused, self._int8, self._threads = fused, int8, threads
+    def __init__(self, fused: native.FusedExperts, engine: NativeEngine) -> None:
+        self._fused, self._engine = fused, engine
 
     def __call__(
         self,
@@ -144,9 +158,9 @@ class _OneToken:
         weights: Tensor,
         outputs: Tensor | None = None,
     ) -> Tensor:
-        threads = self._threads or torch.get_num_threads()
+        engine = self._engine
         return self._fused(
-            x, records, specs, weights, int8=self._int8, threads=threads, outputs=outputs
+            x, records, specs, weights, int8=engine.int8, threads=engine.threads, outputs=outputs
         )
 
     def layer(self, specs: Sequence[RecordSpec]) -> tuple[native.ExpertsLayer, Any]:

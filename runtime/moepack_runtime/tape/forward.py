@@ -75,7 +75,8 @@ class TapeForward:
         with torch.no_grad():
             if self._player is None:
                 try:
-                    self._record(token, layers)
+                    with self._engine.float_activations():
+                        self._record(token, layers)
                 except CannotRecord as reason:
                     self._give_up(str(reason))
                     return self._forward(self._model(), *args, **kwargs)
@@ -117,7 +118,8 @@ class TapeForward:
     def _record(self, token: int, layers: list[GrowingLayer]) -> None:
         """Record a token and another one after it, then see that both are played right.
 
-        The cache is left as it was found.
+        The cache is left as it was found. Activations are not rounded to 8 bits meanwhile: a
+        difference in the last bit can change a code, and many of these look like an error.
         """
         model = cast(nn.Module, self._model())
         _check(model)

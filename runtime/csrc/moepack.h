@@ -58,7 +58,18 @@ MOEPACK_API int32_t moepack_experts(const uint8_t* const* records,
                                     const moepack_activation* activation, int32_t gated,
                                     const float* x, float* y, float* outputs, int32_t mode,
                                     int32_t threads);
-MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t count, int64_t width, float* y);
+/* Some tokens through one expert: outputs[places[i]] = weights[i] * expert(x[tokens[i]]), rows of H,
+ * for i below count. Rows of x and of outputs that are not named are not touched. */
+MOEPACK_API int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout,
+                                          int64_t hidden, int64_t intermediate,
+                                          const moepack_activation* activation, int32_t gated,
+                                          const float* x, const int64_t* tokens,
+                                          const int64_t* places, const float* weights,
+                                          int64_t count, float* outputs, int32_t mode,
+                                          int32_t threads);
+/* y[t] = sum over k of rows[t * count + k], in that order. */
+MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count,
+                                     int64_t width, float* y, int32_t threads);
 
 /* A tape: the steps of one token through a model, recorded once and run for every token after. What
  * a step reads and writes are fixed addresses. Strides are in elements; a loop that an operand does

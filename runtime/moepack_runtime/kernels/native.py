@@ -84,7 +84,21 @@ _SIGNATURES = {
         _INT,
         [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT],
     ),
-    "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _POINTER]),
+    "moepack_expert_tokens": (
+        _INT,
+        [
+            *[_POINTER] * 2,
+            *[_LONG] * 2,
+            _POINTER,
+            _INT,
+            *[_POINTER] * 4,
+            _LONG,
+            _POINTER,
+            _INT,
+            _INT,
+        ],
+    ),
+    "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
     "moepack_tape_run": (_LONG, [_POINTER, _LONG, _LONG, _INT, _INT]),
     "moepack_read": (ctypes.c_uint64, [_POINTER, _LONG, _INT]),
 }
@@ -350,6 +364,61 @@ class FusedExperts:
         assert result is not None  # one of the two was made
         return result
 
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+        *,
+        int8: bool,
+        threads: int,
+    ) -> None:
+        """Send N tokens through one expert; their weighted outputs go to rows of ``outputs``.
+
+        Args:
+            x: ``[T, H]`` float32.
+            record: The expert's record, uint8.
+            spec: Its layout.
+            tokens: ``[N]`` int64, rows of ``x``.
+            places: ``[N]`` int64, rows of ``outputs``.
+            weights: ``[N]`` float32, the router's.
+            outputs: ``[P, H]`` float32.
+            int8: Whether activations are rounded to 8 bits.
+            threads: How many to use.
+
+        Raises:
+            FormatError: The record is too short.
+            TypeError: A tensor has another dtype or is not on the CPU.
+            ValueError: A tensor has another shape or is not contiguous, or a row does not exist.
+        """
+        hidden, intermediate = self._sizes
+        count = len(tokens)
+        _check_bytes(record, spec.payload_nbytes, "record")
+        _check_rows(tokens, count, len(x), "tokens")
+        _check_rows(places, count, len(outputs), "places")
+        _check(
+            _library().moepack_expert_tokens(
+                record.data_ptr(),
+                ctypes.addressof(self._layout(spec)),
+                hidden,
+                intermediate,
+                ctypes.addressof(self._activation),
+                self._gated,
+                _check_floats(x, (len(x), hidden), "x"),
+                tokens.data_ptr(),
+                places.data_ptr(),
+                _check_floats(weights, (count,), "weights"),
+                count,
+                _check_floats(outputs, (len(outputs), hidden), "outputs"),
+                int8,
+                threads,
+            )
+        )
+
     def layer(self, specs: Sequence[RecordSpec]) -> tuple[ExpertsLayer, ctypes.Array[Any]]:
         """What a tape computes a whole layer with.
 
@@ -405,11 +474,12 @@ def play(steps: ctypes.Array[Any], begin: int, end: int, int8: bool, threads: in
     return at
 
 
-def sum_rows(rows: Tensor) -> Tensor:
-    """Sum ``[K, H]`` float32 over K, one row after the other, to ``[H]``."""
-    _check_floats(rows, tuple(rows.shape), "rows")
-    y = rows.new_empty(rows.shape[1])
-    _check(_library().moepack_sum_rows(rows.data_ptr(), *rows.shape, y.data_ptr()))
+def sum_rows(rows: Tensor, threads: int) -> Tensor:
+    """Sum ``[T, K, H]`` float32 over K, one row after the other, to ``[T, H]``."""
+    tokens, count, width = rows.shape
+    address = _check_floats(rows, (tokens, count, width), "rows")
+    y = rows.new_empty(tokens, width)
+    _check(_library().moepack_sum_rows(address, tokens, count, width, y.data_ptr(), threads))
     return y
 
 
@@ -445,6 +515,13 @@ def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> int:
     if address % 4:
         raise ValueError(f"{name} does not start at a multiple of 4 bytes")
     return address
+
+
+def _check_rows(rows: Tensor, count: int, limit: int, name: str) -> None:
+    if rows.dtype is not torch.int64 or not rows.is_cpu or not rows.is_contiguous():
+        raise TypeError(f"{name} must be contiguous int64 on the CPU")
+    if rows.shape != (count,) or (count and not 0 <= int(rows.min()) <= int(rows.max()) < limit):
+        raise ValueError(f"{name} must be [{count}] rows below {limit}")
 
 
 def _check(status: int) -> None:

@@ -104,7 +104,7 @@ class NativeEngine:
         hidden = adapter.activate(self._project(record, spec, first, x))
         return adapter.finish(self._project(record, spec, "down", hidden))
 
-    def one_token(self, adapter: ExpertsAdapter) -> _OneToken | None:
+    def fused(self, adapter: ExpertsAdapter) -> _Fused | None:
         """See :class:`moepack_runtime.kernels.Engine`."""
         activation = recognize(adapter)
         if activation is None:
@@ -112,7 +112,7 @@ class NativeEngine:
         fused = native.FusedExperts(
             adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
         )
-        return _OneToken(fused, self)
+        return _Fused(fused, self)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -144,8 +144,8 @@ class NativeEngine:
         return dense.view(2, -1, cols)[:, : rows // 2].reshape(rows, cols)
 
 
-class _OneToken:
-    """See :class:`moepack_runtime.kernels.OneToken`."""
+class _Fused:
+    """See :class:`moepack_runtime.kernels.FusedExperts`."""
 
     def __init__(self, fused: native.FusedExperts, engine: NativeEngine) -> None:
         self._fused, self._engine = fused, engine
@@ -158,14 +158,30 @@ class _OneToken:
         weights: Tensor,
         outputs: Tensor | None = None,
     ) -> Tensor:
-        engine = self._engine
-        return self._fused(
-            x, records, specs, weights, int8=engine.int8, threads=engine.threads, outputs=outputs
+        int8, threads = self._engine.int8, self._engine.threads
+        return self._fused(x, records, specs, weights, int8=int8, threads=threads, outputs=outputs)
+
+    def takes(self, tokens: int) -> bool:
+        return self._engine.int8 or tokens <= SMALL_TOKENS
+
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        int8, threads = self._engine.int8, self._engine.threads
+        self._fused.tokens(
+            x, record, spec, tokens, places, weights, outputs, int8=int8, threads=threads
         )
+
+    def total(self, outputs: Tensor) -> Tensor:
+        return native.sum_rows(outputs, self._engine.threads)
 
     def layer(self, specs: Sequence[RecordSpec]) -> tuple[native.ExpertsLayer, Any]:
         """See :meth:`moepack_runtime.kernels.native.FusedExperts.layer`."""
         return self._fused.layer(specs)
-
-    def total(self, outputs: Tensor) -> Tensor:
-        return native.sum_rows(outputs)

@@ -130,9 +130,7 @@ def take_over(cache: Any) -> list[GrowingLayer] | None:
         if not all(_plain(layer) for layer in cache.layers):
             return None
         layers = [
-            layer
-            if isinstance(layer, GrowingLayer)
-            else GrowingLayer.taking(layer)  # type: ignore[arg-type]
+            layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer)  # type: ignore[arg-type]
             for layer in cache.layers
         ]
     first = layers[0].keys

@@ -199,9 +199,7 @@ def _cat(out: Tensor, pieces: list[Tensor], axis: int = 0) -> list[NativeStep] |
     return found
 
 
-def _dense(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> NativeStep | None:
+def _dense(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> NativeStep | None:
     """``x`` [..., K] times ``weight`` [N, K], whose rows must lie in one piece."""
     tensors = [out, x, weight, *([] if bias is None else [bias])]
     if not native.is_floats(*tensors) or x.numel() == 0:

@@ -18,6 +18,7 @@ from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .kv import GrowingLayer
 from .lower import Call, embedding_step, lower
+from .pool import compact
 from .record import CannotRecord, Opaque, Step
 from .steps import Kv, NativeStep, Op, elementwise, is_floats
 
@@ -35,6 +36,7 @@ class Player:
         layers: The cache layers it used, in the order of the model.
         computes: For each experts module, what it computes with.
         engine: The native engine.
+        keep: Further results that are read from outside, and must stay where they are.
 
     Raises:
         CannotRecord: Something in it cannot be played.
@@ -49,6 +51,7 @@ class Player:
         layers: Sequence[GrowingLayer],
         computes: dict[Any, ExpertsCompute],
         engine: NativeEngine,
+        keep: Sequence[Tensor] = (),
     ) -> None:
         self._token, self._position, self._logits = token, position, logits
         self._engine, self._computes = engine, computes
@@ -58,6 +61,7 @@ class Player:
         self._calls: dict[int, Call] = {}
         self._alive: list[Any] = [steps, layers]
         found: list[NativeStep] = []
+        fixed = [token, position, logits]
         mutated = _mutated(steps)
         for step in steps:
             lowered = (
@@ -65,6 +69,8 @@ class Player:
                 if isinstance(step.operation, Opaque)
                 else lower(step, mutated)
             )
+            if callable(lowered) or _is_experts(step):
+                fixed += [t for t in tree_flatten((step.arguments, step.keywords, step.results))[0]]
             if callable(lowered):
                 self._calls[len(found)] = lowered
                 found.append(NativeStep(op=Op.PYTHON))
@@ -74,6 +80,10 @@ class Player:
                         self._calls[len(found)] = self._experts_call(step)
                     found.append(native_step)
         self._steps = (NativeStep * len(found))(*found)
+        stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
+        stay |= {t.untyped_storage().data_ptr() for t in keep}
+        results = [result for step in steps for result in step.results]
+        self._alive.append(compact(self._steps, results, stay))
         self._count = len(found)
 
     @property
@@ -213,6 +223,10 @@ class Player:
         if step is None:
             raise CannotRecord("a matrix gets values from all over memory")
         return [step], copy
+
+
+def _is_experts(step: Step) -> bool:
+    return isinstance(step.operation, Opaque) and step.operation.kind == "experts"
 
 
 def _mutated(steps: Sequence[Step]) -> set[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
-from .experts import ExpertsAdapter
+from .experts import Compute, ExpertsAdapter
 from .kernels import Engine, FusedExperts
 from .prefetch import Speculator
 from .residency import Residency
@@ -33,6 +33,9 @@ class ExpertsCompute:
         speculator: Guesses the next layer's experts; None without prefetch.
         stats: Counts tokens.
         engine: Computes with the records.
+
+    Attributes:
+        watch: Is called instead, while a pass is recorded.
     """
 
     def __init__(
@@ -50,11 +53,18 @@ class ExpertsCompute:
         self._engine = engine
         self._fused: FusedExperts | None = None
         self._asked_for_fused = False
+        self.watch: Compute | None = None
         self._native: Any | None = None
         self._table: Any | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
+        if self.watch is not None:
+            return self.watch(hidden, top_k_index, top_k_weights)
+        return self.compute(hidden, top_k_index, top_k_weights)
+
+    def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What a call does when nobody watches it."""
         fused = self._find_fused()
         if fused is not None and len(top_k_index) == 1:
             return self._one_token(fused, hidden, top_k_index, top_k_weights)

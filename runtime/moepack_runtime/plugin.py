@@ -50,7 +50,7 @@ class PackRuntime:
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
         engine: Computes with packed weights.
-        computes: For each experts module, what it computes with.
+        computes: What computes the experts of each layer.
         tape: Plays tokens; None where nothing is recorded.
     """
 
@@ -77,7 +77,7 @@ class PackRuntime:
         self.speculator = (
             Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
         )
-        self.computes: dict[nn.Module, ExpertsCompute] = {}
+        self.computes: list[ExpertsCompute] = []
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -89,14 +89,14 @@ class PackRuntime:
                 self.engine,
             )
             adapter.install(compute)
-            self.computes[adapter.module] = compute
+            self.computes.append(compute)
 
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
         if isinstance(self.engine, NativeEngine) and current_options().tape:
-            self.tape = install(model, dict(self.computes), self.engine)
+            self.tape = install(model, self.computes, self.engine)
 
     def close(self) -> None:
         """End threads and close files."""

@@ -56,7 +56,7 @@ def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
         recorder.opaque(Opaque("append", layer), (key, value), run)
         return layer.keys, layer.values
 
-    layer.update = watched  # type: ignore[method-assign]
+    vars(layer)["update"] = watched
 
 
 def _attend(

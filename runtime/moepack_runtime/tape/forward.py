@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,12 +37,12 @@ class TapeForward:
 
     Args:
         model: The model.
-        computes: For each experts module, what it computes with.
+        computes: What computes the experts of each layer.
         engine: The native engine.
     """
 
     def __init__(
-        self, model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+        self, model: nn.Module, computes: Sequence[ExpertsCompute], engine: NativeEngine
     ) -> None:
         # Weakly: the model owns this object, and must end with its last other owner.
         self._model = weakref.ref(model)
@@ -80,7 +80,8 @@ class TapeForward:
                 except CannotRecord as reason:
                     self._give_up(str(reason))
                     return self._forward(self._model(), *args, **kwargs)
-            assert self._player is not None and self._output is not None
+            assert self._player is not None
+            assert self._output is not None
             logits = self._player.play(token, position, layers).clone()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
 
@@ -139,9 +140,7 @@ class TapeForward:
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)
-        player = Player(
-            second, token_at, position_at, output.logits, layers, self._computes, self._engine
-        )
+        player = Player(second, token_at, position_at, output.logits, layers, self._engine)
         for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
             got = player.play(ids, start + number, layers)
             error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
@@ -162,7 +161,7 @@ class TapeForward:
     ) -> Any:
         from transformers.cache_utils import Cache
 
-        opaque: dict[nn.Module, str] = dict.fromkeys(self._computes, "experts")
+        opaque: dict[nn.Module, str] = {}
         for module in model.modules():
             if isinstance(module, (PackedLinear, TiedHead)):
                 opaque[module] = "packed"
@@ -170,7 +169,10 @@ class TapeForward:
                 opaque[module] = "embed"
         cache = Cache(layers=list(layers))
         try:
-            with recorded_attention(model, recorder, layers), recording(recorder, opaque):
+            with (
+                recorded_attention(model, recorder, layers),
+                recording(recorder, opaque, self._computes),
+            ):
                 output = self._forward(
                     model,
                     input_ids=token,
@@ -195,7 +197,7 @@ class TapeForward:
 
 
 def install(
-    model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+    model: nn.Module, computes: Sequence[ExpertsCompute], engine: NativeEngine
 ) -> TapeForward:
     """Make a model's forward play tokens; what is not one token goes on as before."""
     tape = TapeForward(model, computes, engine)

@@ -6,7 +6,7 @@ buffer ``[1, heads, capacity, width]`` and hands out views of what is filled.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,23 +54,23 @@ class _Buffers:
 class GrowingLayer(DynamicLayer):
     """A full-attention cache layer over a buffer; ``keys`` and ``values`` are views of it."""
 
+    keys: Tensor
+    values: Tensor
     buffers: _Buffers
 
     @classmethod
     def taking(cls, layer: DynamicLayer) -> GrowingLayer:
-        """A growing layer with what a dynamic one holds."""
+        """A growing layer with what a dynamic one holds, which must have begun."""
         new = cls()
         new.dtype, new.device = layer.dtype, layer.device
         new.is_initialized = True
-        new.buffers = _Buffers(layer.keys, layer.values)
-        new._show(new.buffers.filled)
+        new._begin(cast(Tensor, layer.keys), cast(Tensor, layer.values))
         return new
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0])
-        self._show(0)
+        self._begin(key_states[:, :, :0], value_states[:, :, :0])
 
     @override
     def update(
@@ -89,17 +89,6 @@ class GrowingLayer(DynamicLayer):
         self.buffers.reserve(tokens)
         self._show(self.get_seq_length())
 
-    def _show(self, end: int) -> None:
-        self.keys, self.values = self.buffers.keys[:, :, :end], self.buffers.values[:, :, :end]
-
-    def _own(self) -> None:
-        """After transformers has replaced the views, as beam search does, take over what it made."""
-        if self.keys.data_ptr() != self.buffers.keys.data_ptr() or len(self.keys) != len(
-            self.buffers.keys
-        ):
-            self.buffers = _Buffers(self.keys, self.values)
-            self._show(self.buffers.filled)
-
     def rewind(self, length: int) -> None:
         """Forget the tokens after the first ``length``."""
         self.buffers.filled = min(self.buffers.filled, length)
@@ -110,6 +99,19 @@ class GrowingLayer(DynamicLayer):
         end = self.get_seq_length() + 1
         self.buffers.filled = end
         self._show(end)
+
+    def _begin(self, keys: Tensor, values: Tensor) -> None:
+        self.buffers = _Buffers(keys, values)
+        self._show(self.buffers.filled)
+
+    def _show(self, end: int) -> None:
+        self.keys, self.values = self.buffers.keys[:, :, :end], self.buffers.values[:, :, :end]
+
+    def _own(self) -> None:
+        """Take over what transformers has put in place of the views, as beam search does."""
+        mine = self.buffers.keys
+        if self.keys.data_ptr() != mine.data_ptr() or len(self.keys) != len(mine):
+            self._begin(self.keys, self.values)
 
 
 def take_over(cache: Any) -> list[GrowingLayer] | None:
@@ -124,29 +126,22 @@ def take_over(cache: Any) -> list[GrowingLayer] | None:
     """
     if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
         return None
-    if all(type(layer) is GrowingLayer for layer in cache.layers):
-        layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
-    else:
-        if not all(_plain(layer) for layer in cache.layers):
-            return None
-        layers = [
-            layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer)  # type: ignore[arg-type]
-            for layer in cache.layers
-        ]
-    first = layers[0].keys
-    if first.shape[2] == 0 or any(
-        layer.keys.shape[2] != first.shape[2]
-        or layer.keys.shape[0] != 1
-        or layer.keys.dtype != torch.float32
-        for layer in layers
-    ):
+    # The exact types: a subclass may hold more than keys and values.
+    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
         return None
+    plain = cast("list[DynamicLayer]", cache.layers)
+    length = plain[0].get_seq_length()
+    if length == 0 or not all(_fits(layer, length) for layer in plain):
+        return None
+    layers = [
+        layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer) for layer in plain
+    ]
     cache.layers[:] = layers
     return layers
 
 
-def _plain(layer: Any) -> bool:
-    # The exact types: a subclass may hold more than keys and values.
-    if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized:
+def _fits(layer: DynamicLayer, length: int) -> bool:
+    keys = layer.keys
+    if not layer.is_initialized or keys is None:
         return False
-    return layer.keys is not None and layer.keys.dim() == 4
+    return keys.shape[0] == 1 and keys.shape[2] == length and keys.dtype is torch.float32

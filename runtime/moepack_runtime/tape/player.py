@@ -34,7 +34,6 @@ class Player:
         position: ``[1, 1]`` int64, where it reads the position.
         logits: ``[1, 1, vocabulary]``, which it writes.
         layers: The cache layers it used, in the order of the model.
-        computes: For each experts module, what it computes with.
         engine: The native engine.
         keep: Further results that are read from outside, and must stay where they are.
 
@@ -49,12 +48,11 @@ class Player:
         position: Tensor,
         logits: Tensor,
         layers: Sequence[GrowingLayer],
-        computes: dict[Any, ExpertsCompute],
         engine: NativeEngine,
         keep: Sequence[Tensor] = (),
     ) -> None:
         self._token, self._position, self._logits = token, position, logits
-        self._engine, self._computes = engine, computes
+        self._engine = engine
         self._kv = {id(layer): Kv() for layer in layers}
         self._caches = list(self._kv.values())
         self._known: list[Any] = [None] * len(layers)
@@ -70,7 +68,7 @@ class Player:
                 else lower(step, mutated)
             )
             if callable(lowered) or _is_experts(step):
-                fixed += [t for t in tree_flatten((step.arguments, step.keywords, step.results))[0]]
+                fixed += tree_flatten((step.arguments, step.keywords, step.results))[0]
             if callable(lowered):
                 self._calls[len(found)] = lowered
                 found.append(NativeStep(op=Op.PYTHON))
@@ -83,7 +81,7 @@ class Player:
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
         stay |= {t.untyped_storage().data_ptr() for t in keep}
         results = [result for step in steps for result in step.results]
-        self._alive.append(compact(self._steps, results, stay))
+        self._alive.append(compact(list(self._steps), results, stay))
         self._count = len(found)
 
     @property
@@ -192,7 +190,7 @@ class Player:
 
     def _lower_experts(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         hidden, index, weights = step.arguments
-        out, layer = step.results[0], self._computes[what.subject].native_layer
+        out, layer = step.results[0], what.subject.native_layer
         if layer is None or not is_floats(hidden, weights, out) or index.dtype is not torch.int64:
             return self._experts_call(step)
         steps, hidden = self._contiguous(hidden)
@@ -205,11 +203,12 @@ class Player:
 
     def _experts_call(self, step: Step) -> Call:
         assert isinstance(step.operation, Opaque)
-        compute, out = self._computes[step.operation.subject], step.results[0]
+        compute: ExpertsCompute = step.operation.subject
+        out = step.results[0]
         inputs = step.arguments
 
         def call() -> None:
-            out.copy_(compute(*inputs).view(out.shape))
+            out.copy_(compute.compute(*inputs).view(out.shape))
 
         return call
 

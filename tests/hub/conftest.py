@@ -51,6 +51,7 @@ class Client:
             "HF_HOME": str(self.home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
             "OMP_NUM_THREADS": "1",
             **more,
         }

@@ -140,7 +140,7 @@ def test_a_bit_flipped_on_the_way_is_repaired(shared: Client, pack: Path, tmp_pa
 
 def test_damage_that_stays(shared: Client, tmp_path: Path) -> None:
     stored = shared.hub.store.repos["me/pack"].commits[-1].files[LAYER]
-    path = shared.hub.store.object_path(stored)
+    path = shared.hub.content(stored)
     data = bytearray(path.read_bytes())
     data[-5000] ^= 4
     path.write_bytes(data)

@@ -50,9 +50,7 @@ def test_killed_push(client: Client, pack: Path, points: tuple[int, ...]) -> Non
         total = sum(request.nbytes_in for request in client.hub.uploaded())
         assert total <= sum(sizes) + sizes[-1]
         files = client.hub.store.repos["me/pack"].commits[-1].files
-        assert {name: client.hub.store.read(files[name]) for name in files_of(pack)} == files_of(
-            pack
-        )
+        assert {name: client.hub.read(files[name]) for name in files_of(pack)} == files_of(pack)
 
 
 @pytest.mark.parametrize("points", POINTS)

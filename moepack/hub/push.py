@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from moepack_formats.errors import UsageError
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
@@ -20,7 +19,7 @@ from moepack_runtime.hub.remote import LIBRARY, RemoteRepo
 from moepack_runtime.hub.retry import retrying
 
 from .card import Quality, is_ours, model_card
-from .upload import Item, upload_in_batches, upload_with_pipeline
+from .upload import Item, upload
 
 CARD_NAME = "README.md"
 MESSAGE = "Upload a pack with moepack"
@@ -92,10 +91,7 @@ def push(
     progress.start(sum(item.nbytes for item in items))
     if (missing or stale) and MANIFEST_NAME in remote.files:
         _commit(api, remote, [CommitOperationDelete(MANIFEST_NAME)], revision, remote.commit)
-    if compress or not _has_xet():
-        upload_in_batches(api, repo_id, revision, items, MESSAGE, progress)
-    elif items:
-        upload_with_pipeline(api, repo_id, revision, folder, items, MESSAGE, progress)
+    upload(api, repo_id, revision, items, MESSAGE, progress)
     last: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in stale
     ]
@@ -106,10 +102,6 @@ def push(
     commit = _commit(api, remote, last, revision, RemoteRepo.at(repo_id, revision).commit)
     nbytes = sum(item.nbytes for item in items)
     return PushReport(url, commit, len(items), len(manifest.files) - len(items), nbytes)
-
-
-def _has_xet() -> bool:
-    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 def _ready_repo(api: HfApi, repo_id: str, *, private: bool, revision: str | None) -> str:

@@ -56,6 +56,15 @@ class Fault:
     skip: int = 0
 
 
+class _Quiet(ThreadingHTTPServer):
+    """Clients that are killed are nothing to print about."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
 class Server:
     """A running server.
 
@@ -68,8 +77,7 @@ class Server:
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
         kind = type("BoundHandler", (handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", 0), kind)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 

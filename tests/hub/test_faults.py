@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.conftest import Client, files_of
-from tests.hub.hub_server import Fault
+from tests.hub.loopback import Fault
 
 LAYER = "experts/layer-00002.safetensors"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.conftest import Client, files_of
-from tests.hub.hub_server import Fault
+from tests.hub.loopback import Fault
 
 SOME = (6,)
 TEN = tuple(range(1, 11))

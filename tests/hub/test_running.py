@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub.conftest import DRIVER, MODES, Client, files_of
-from tests.hub.hub_server import Fault, Hub
+from tests.hub.hub_server import Hub
+from tests.hub.loopback import Fault
 
 TEXT = Path(__file__).parents[1] / "assets" / "text" / "alice29.txt"
 GENERATE = ("--prompt", "And the king", "--greedy", "--max-new-tokens", "4")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.hub.conftest import Client, files_of
-from tests.hub.hub_server import Fault
+from tests.hub.loopback import Fault
 from tests.hub.small_pack import TINY_MOE
 from tests.packs import make_pack
 

@@ -36,7 +36,8 @@ def put_shard(handler: Handler) -> None:
         handler.hub.store.xet.add_shard(handler.body())
     except KeyError:
         handler.fail(400, "XorbMissing")
-    handler.reply({"result": 1})
+    # A stream of events, a line each; the last one is what counts.
+    handler.send(200, b'{"type":"validating","verified":1,"total":1}\n{"type":"result"}\n')
 
 
 def reconstruction(handler: Handler, name: str) -> None:
@@ -90,7 +91,7 @@ def ignore(handler: Handler) -> None:
 
 XET_ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/xet/v1/xorbs/default/([0-9a-f]{64})", put_xorb),
-    (r"/xet/v1/shards", put_shard),
+    (r"/xet/v2/shards", put_shard),
     (r"/xet/v2/reconstructions/([0-9a-f]{64})", reconstruction),
     (r"/xet/fetch/([0-9a-f]{64})", fetch),
     (r"/xet/v1/telemetry", ignore),

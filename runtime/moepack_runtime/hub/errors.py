@@ -96,7 +96,13 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
             where=repo_id,
             remedy="try again later: what has arrived is kept" if busy else None,
         )
-    if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError, IncompleteSnapshotError)):
+    if isinstance(cause, OfflineModeIsEnabled):
+        return UnreachableError(
+            "offline, as HF_HUB_OFFLINE says, and the Hub cache is not enough",
+            where=repo_id,
+            remedy="unset HF_HUB_OFFLINE",
+        )
+    if isinstance(cause, (LocalEntryNotFoundError, IncompleteSnapshotError)):
         return UnreachableError(
             "not whole in the Hub cache while offline",
             where=repo_id,

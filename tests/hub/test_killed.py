@@ -105,10 +105,11 @@ def test_interrupted(pack: Path, tmp_path: Path, mode: str, what: str) -> None:
     with fresh(tmp_path / "hub", mode) as client:
         if what == "pull":
             client.ok("push", pack, "me/pack")
-        words = {"push": (pack, "me/pack"), "pull": ("me/pack", tmp_path / "out")}[what]
-        large = {"push": "/lfs-put/|/xet/v1/xorbs/", "pull": "/resolve/.*/experts/|/xet/fetch/"}[
-            what
-        ]
+        words: tuple[object, ...] = (pack, "me/pack")
+        method, path = "", "/lfs-put/|/xet/v1/xorbs/"
+        if what == "pull":
+            words = ("me/pack", tmp_path / "out")
+            method, path = "GET", "/resolve/.*/experts/|/xet/fetch/"
         process = client.start(what, *words)
 
         def interrupt() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import Client, files_of
+from tests.hub.conftest import DRIVER, Client, files_of
 from tests.hub.loopback import Fault
 
 LAYER = "experts/layer-00002.safetensors"
@@ -310,6 +312,30 @@ def test_offline(shared: Client, pack: Path, tmp_path: Path) -> None:
         line = shared.fails(6, *words, HF_HUB_OFFLINE="1")
         assert "HF_HUB_OFFLINE" in line
     assert not shared.hub.requests
+
+
+@pytest.mark.parametrize("into", ["folder", pytest.param("cache", marks=pytest.mark.slow)])
+def test_a_full_disk(shared: Client, tmp_path: Path, into: str) -> None:
+    """A real one, where the system lets us make it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=3m tmpfs "{disk}"'
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*unshare, mount], capture_output=True).returncode:
+        pytest.skip("no private mounts here")
+    words = {"folder": f"pull me/pack {disk}/out", "cache": "verify me/pack"}[into]
+    home = {"HF_HOME": f"{disk}/home"} if into == "cache" else {}
+    done = subprocess.run(
+        [*unshare, f'{mount} && "{sys.executable}" -W ignore "{DRIVER}" {words}; echo $?'],
+        env=shared.environment(**home),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["5"]
+    assert "space" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    downloads = len(shared.hub.downloads(".safetensors"))
+    assert downloads == 0 if into == "folder" else downloads  # it is known beforehand
 
 
 def change_config(folder: Path) -> None:

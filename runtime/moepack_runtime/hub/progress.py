@@ -47,6 +47,8 @@ class Bar:
     def start(self, nbytes: int, what: str | None = None) -> None:
         """See :class:`TransferProgress`."""
         self.close()
+        if not nbytes:
+            return
         self._bar = tqdm(
             total=nbytes,
             desc=what or self._what,

@@ -17,7 +17,8 @@ from tests.hub.loopback import Fault
 
 SOME = (6,)
 TEN = tuple(range(1, 11))
-POINTS = [pytest.param(SOME, id="one"), pytest.param(TEN, id="ten", marks=pytest.mark.slow)]
+PATIENT = (pytest.mark.slow, pytest.mark.timeout(1500))
+POINTS = [pytest.param(SOME, id="one"), pytest.param(TEN, id="ten", marks=PATIENT)]
 OVERHEAD = 1.01
 """What Xet's blocks are larger than their content at most."""
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moepack_formats import osio
 from moepack_formats.errors import UsageError
 
 from .common import (
     common_options,
     load,
     print_json,
+    read_text,
     runtime_options,
     set_up,
     statistics_json,
@@ -50,12 +50,7 @@ def command(
     the checkpoint is read layer by layer and may be larger than memory.
     """
     set_up(verbose)
-    try:
-        with osio.io_errors(text):
-            content = text.read_text(encoding="utf-8")  # line ends of any system become \n
-    except UnicodeDecodeError:
-        raise UsageError("not a UTF-8 text", where=text) from None
-
+    content = read_text(text)
     model = load(pack, **runtime)
     import torch
     from tqdm import tqdm

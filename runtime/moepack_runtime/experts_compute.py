@@ -5,16 +5,22 @@ Shape letters: T tokens, K experts a token, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
+from .cache_bias import CacheBias
 from .experts import ExpertsAdapter
 from .kernels import Engine, OneToken
 from .prefetch import Speculator
 from .residency import Residency
 from .statistics import Statistics
+
+Watcher = Callable[[int, Tensor, Tensor], None]
+"""``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
 
 
 class ExpertsCompute:
@@ -31,6 +37,10 @@ class ExpertsCompute:
         speculator: Guesses the next layer's experts; None without prefetch.
         stats: Counts tokens.
         engine: Computes with the records.
+        bias: Nudges the router; None without.
+
+    Attributes:
+        watcher: Is told what the router chose; None for nobody.
     """
 
     def __init__(
@@ -42,10 +52,12 @@ class ExpertsCompute:
         speculator: Speculator | None,
         stats: Statistics,
         engine: Engine,
+        bias: CacheBias | None = None,
     ) -> None:
         self._layer, self._adapter, self._records = layer, adapter, records
         self._residency, self._speculator, self._stats = residency, speculator, stats
-        self._engine = engine
+        self._engine, self._bias = engine, bias
+        self.watcher: Watcher | None = None
         self._one_token: OneToken | None = None
         self._asked_for_one_token = False
 
@@ -57,7 +69,8 @@ class ExpertsCompute:
         chosen = top_k_index.reshape(-1)  # [T * K]
         # An index of num_experts or more is a place without an expert.
         needed = [e for e in torch.unique(chosen).tolist() if 0 <= e < self._adapter.num_experts]
-        self._announce(top_k_index, needed)
+        means = _mean_weights(top_k_index, top_k_weights, self._adapter.num_experts)
+        self._announce(top_k_index, top_k_weights, needed, [means[expert] for expert in needed])
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
         outputs = hidden.new_zeros(tokens * choices, hidden.shape[-1], dtype=dtype)
         weights = top_k_weights.reshape(-1, 1)
@@ -69,9 +82,24 @@ class ExpertsCompute:
             outputs[places] = y * weights[places]
         return outputs.view(tokens, choices, -1).sum(dim=1).to(hidden.dtype)
 
-    def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
+    def _announce(
+        self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
+    ) -> None:
+        """Tell everybody what the router chose.
+
+        Args:
+            top_k_index: ``[T, K]``.
+            top_k_weights: ``[T, K]``.
+            needed: The experts in it.
+            weights: The weight of each of them, the mean over the tokens.
+        """
         if self._layer == 0:
             self._stats.tokens += len(top_k_index)
+        if self._bias is not None:
+            self._bias.routed(self._layer)
+        if self.watcher is not None:
+            self.watcher(self._layer, top_k_index, top_k_weights)
+        self._residency.observe(self._layer, needed, weights)
         if self._speculator is not None:
             self._speculator.experts_called(self._layer, top_k_index, needed)
 
@@ -90,10 +118,11 @@ class ExpertsCompute:
         places = [k for k, expert in enumerate(index) if 0 <= expert < self._adapter.num_experts]
         chosen = [index[k] for k in places]
         needed = list(dict.fromkeys(chosen))
-        self._announce(top_k_index, needed)
         x, weights = hidden[0].float().contiguous(), top_k_weights[0].float().contiguous()
         if len(places) < len(index):
             weights = weights[places]
+        of_expert = dict(zip(chosen, weights.tolist(), strict=True))
+        self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
         outputs = None
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
@@ -107,3 +136,13 @@ class ExpertsCompute:
             outputs[here] = fused(x, data, specs, weights[here], part)
         total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs)
         return total.to(hidden.dtype).unsqueeze(0)
+
+
+def _mean_weights(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> list[float]:
+    """The weight of every expert of a layer, the mean over the tokens."""
+    index = top_k_index.reshape(-1)
+    index = index.where((index >= 0) & (index < experts), experts)
+    total = top_k_weights.new_zeros(experts + 1, dtype=torch.float32)
+    total.index_add_(0, index, top_k_weights.reshape(-1).float())
+    means: list[float] = (total / len(top_k_index)).tolist()
+    return means

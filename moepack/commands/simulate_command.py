@@ -81,6 +81,8 @@ def command(
     """
     set_up(verbose)
     budgets = list(_budgets(slots, ram))
+    if not policy:
+        raise UsageError("no policy", wanted=", ".join(policy_names()))
     from moepack_runtime.simulate import Setting, Simulator, slots_of
     from moepack_runtime.trace import most_used, read_trace
 

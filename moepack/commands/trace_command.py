@@ -106,7 +106,8 @@ def _record(model: Any, ids: Tensor, ahead: int, writer: TraceWriter) -> tuple[i
     tokens = top_k = 0
     runs = list(windows(ids, window_length(model)))
     with RoutingRecorder(model, ahead) as recorder:
-        if ahead and recorder.missing:
+        recorder.find_routers()
+        if recorder.missing:
             say(
                 f"the routers of {len(recorder.missing)} layers cannot be asked early; "
                 "nothing is guessed for them"

@@ -78,6 +78,8 @@ class CacheBias:
             UsageError: They were not chosen by a top-k that could be nudged.
         """
         top_k = self._current.pop(layer, None)
+        if top_k is not None:
+            top_k.ended = True
         if layer in self._shown:
             return
         if top_k is None or not top_k.seen:

@@ -109,8 +109,9 @@ class Speculator:
         else:
             if layer == 0:
                 self._start_token()
-            if self._trial.guessing and not self._given_up(layer + 1):
-                self._guess(layer, layer + 1)
+            following = layer + 1
+            if self._trial.guessing and following < len(self._experts):
+                self._guess(layer, following)
         self._routers.forget(layer)
 
     def _start_token(self) -> None:
@@ -130,6 +131,8 @@ class Speculator:
         )
 
     def _guess(self, layer: int, target: int) -> None:
+        if self._given_up(target):
+            return
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
             indices = self._routers.ask(layer, target)

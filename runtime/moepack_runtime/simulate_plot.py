@@ -59,7 +59,7 @@ def plot_hits(
             marker = _MARKERS[i % len(_MARKERS)]
             axes.plot(sizes, hits[name], marker=marker, color=next(colours, _INK), label=name)
     axes.plot([0, everything], [0, 1], ":", color=_FAINT, label="share in memory")
-    axes.set_xlim(0, everything)
+    axes.set_xlim(0, everything * 1.015)
     axes.set_xlabel(f"experts in memory, of {everything} in {info.layers} layers")
     axes.set_ylabel("demanded experts found in memory")
     axes.set_title(f"Hit ratio against cache size: {info.model}, {info.top_k} experts a token")
@@ -100,7 +100,7 @@ def plot_recall(path: Path, info: TraceInfo, recall: Sequence[Sequence[float]]) 
         textcoords="offset points",
         color="#777777",
     )
-    axes.set_xlim(0, kept)
+    axes.set_xlim(0, kept * 1.015)
     axes.xaxis.set_major_locator(_whole_numbers(kept))
     axes.set_xlabel(f"experts fetched for a layer, of {experts}")
     axes.set_ylabel("used experts that were fetched")

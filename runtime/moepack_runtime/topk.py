@@ -21,16 +21,18 @@ _TOPK = (torch.topk, Tensor.topk)
 class RouterTopK(TorchFunctionMode):
     """While active, hands the scores of a router's top-k to a function.
 
-    Only the first matching call counts: ``[T, E or more]`` scores, largest first, last dimension.
+    What counts is a call over the last dimension of ``[T, E or more]`` scores. A block may choose
+    from the same scores more than once.
 
     Args:
         experts: E; a router may have further places without an expert.
         change: Given ``[T, E or more]`` scores, returns those to choose by, or None for the same.
             The values of the top-k stay the router's own.
-        changed: Is told the ``[T, K]`` indices without and with a change.
+        changed: Is told the ``[T, K]`` indices without and with a change, of the first call.
 
     Attributes:
-        seen: Whether the call has come.
+        seen: Whether such a call has come.
+        ended: Set it when the routing is over; nothing is intercepted any more.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class RouterTopK(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._experts, self._change, self._changed = experts, change, changed
-        self.seen = False
+        self.seen = self.ended = False
 
     def __torch_function__(
         self,
@@ -52,18 +54,18 @@ class RouterTopK(TorchFunctionMode):
     ) -> Any:
         """Intercept top-k; see the class."""
         keywords = dict(kwargs or {})
-        if self.seen or func not in _TOPK:
+        if self.ended or func not in _TOPK:
             return func(*args, **keywords)
         call = dict(zip(("input", "k", "dim", "largest", "sorted"), args, strict=False)) | keywords
         scores: Tensor = call.pop("input")
         last = call.get("dim", -1) in (-1, scores.dim() - 1)
         if scores.dim() != 2 or scores.shape[1] < self._experts or not last:
             return func(*args, **keywords)
-        self.seen = True
+        first, self.seen = not self.seen, True
         changed = self._change(scores)
         if changed is None or not call.get("largest", True):
             return func(*args, **keywords)
         indices = torch.topk(changed, **call).indices
-        if self._changed is not None:
+        if first and self._changed is not None:
             self._changed(torch.topk(scores, **call).indices, indices)
         return torch.return_types.topk((scores.gather(-1, indices), indices))

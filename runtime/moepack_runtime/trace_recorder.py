@@ -36,11 +36,6 @@ class RoutingRecorder:
     def __enter__(self) -> Self:
         for compute in self._runtime.layers:
             compute.watcher = self._note
-        if self._routers is not None and not self._routers.found:
-            # A first pass finds the routers; nothing of it is kept.
-            with torch.no_grad():
-                self._model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-            self._chosen.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,6 +43,13 @@ class RoutingRecorder:
             compute.watcher = None
         if self._routers is not None:
             self._routers.close()
+
+    def find_routers(self) -> None:
+        """Run a pass of which nothing is kept; without it, nothing is guessed in the first pass."""
+        if self._routers is not None and not self._routers.found:
+            with torch.no_grad():
+                self._model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+            self._chosen.clear()
 
     @property
     def missing(self) -> list[int]:

@@ -19,17 +19,10 @@ def info_of(pack: Pack, top_k: int = 2, ahead: int = 0) -> TraceInfo:
 
 
 def decode(model: Any, ids: torch.Tensor, ahead: int = 0) -> Trace:
-    """Decode ``[T]`` token ids one at a time and record them.
-
-    The caller's counters are reset after the first token, which finds the routers and is not in
-    the trace: what follows is what the trace says.
-    """
-    parts = []
+    """Decode ``[T]`` token ids one at a time and record them all."""
+    parts, cache = [], None
     with torch.no_grad(), RoutingRecorder(model, ahead) as recorder:
-        cache = model(ids[None, :1], use_cache=True).past_key_values
-        recorder.take(1)
-        model.moepack.stats.reset()
-        for token in ids[1:]:
+        for token in ids:
             cache = model(token[None, None], past_key_values=cache, use_cache=True).past_key_values
             parts.append(recorder.take(1))
     routing = Routing(

@@ -185,6 +185,7 @@ def test_a_pass_is_recorded_as_it_was(pack: Path) -> None:
     ids = families.tokens(batch=1, length=7)
     wanted = stock_routing(model, ids)
     with torch.no_grad(), RoutingRecorder(model, ahead=2) as recorder:
+        recorder.find_routers()
         assert recorder.missing == []
         model(ids, use_cache=False)
         got = recorder.take(7)
@@ -216,6 +217,7 @@ def test_the_best_guesses_are_those_of_prefetch(pack: Path) -> None:
     )
     ids = families.tokens(batch=1, length=3)
     with torch.no_grad(), RoutingRecorder(model, ahead=1) as recorder:
+        recorder.find_routers()
         model(ids[:, :1], use_cache=False)
         got = recorder.take(1)
     assert [layer for layer, _ in guessed] == [1, 2]
@@ -229,6 +231,7 @@ def test_families_of_other_kinds_are_recorded(family: str, tmp_path: Path) -> No
     make_pack(source, tmp_path / "pack", quantizer="rtn")
     model = load_pack(tmp_path / "pack", prefetch=False)
     with torch.no_grad(), RoutingRecorder(model, ahead=1) as recorder:
+        recorder.find_routers()
         model(families.tokens(batch=1, length=6), use_cache=False)
         got = recorder.take(6)
     layers = len(model.moepack.layers)

@@ -22,6 +22,7 @@ from moepack_formats import FORMAT_VERSION
 from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import Pack
 
+from .cache_bias import CacheBias
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
 from .hub.cache import complete_snapshot
@@ -30,6 +31,7 @@ from .kernels.native_engine import NativeEngine
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
+from .policies import Key
 from .prefetch import Speculator
 from .residency import Residency, open_residency
 from .statistics import Statistics
@@ -49,8 +51,10 @@ class PackRuntime:
         stats: Counters.
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
+        bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
-        computes: What computes the experts of each layer.
+        adapters: The experts modules, without their weights.
+        layers: What each of them computes with.
         tape: Plays tokens; None where nothing is recorded.
     """
 
@@ -64,8 +68,9 @@ class PackRuntime:
         self.pack, self.stats = pack, Statistics()
         self.tape: TapeForward | None = None
         options = current_options()
-        adapters = find_experts(model)
+        self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
+        _check_pins(pack, options.pins)
         for adapter in adapters:
             adapter.strip()
         self.engine = select(options.engine, options.activations, options.threads)
@@ -74,10 +79,10 @@ class PackRuntime:
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats
         )
-        self.speculator = (
-            Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
-        )
-        self.computes: list[ExpertsCompute] = []
+        self.layers: list[ExpertsCompute] = []
+        shared = adapters, self.residency, self.stats
+        self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
+        self.speculator = Speculator(model, *shared, self.bias) if options.prefetch else None
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -87,16 +92,20 @@ class PackRuntime:
                 self.speculator,
                 self.stats,
                 self.engine,
+                self.bias,
             )
+            self.layers.append(compute)
             adapter.install(compute)
-            self.computes.append(compute)
+        if self.bias is not None:
+            self.bias.install(model)
 
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
-        if isinstance(self.engine, NativeEngine) and current_options().tape:
-            self.tape = install(model, self.computes, self.engine)
+        # A bias decides anew for every token what a router gives out.
+        if isinstance(self.engine, NativeEngine) and current_options().tape and not self.bias:
+            self.tape = install(model, self.layers, self.engine, self.speculator)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -236,6 +245,17 @@ def _check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdap
                     wanted=f"down {list(shape)}",
                     got=None if down is None else list(down.shape),
                 )
+
+
+def _check_pins(pack: Pack, pins: tuple[Key, ...]) -> None:
+    for layer, expert in pins:
+        if layer >= len(pack.layers) or expert >= len(pack.layers[layer]):
+            raise UsageError(
+                "the trace with the experts to pin is of another model",
+                where=pack.folder,
+                got=f"layer {layer}, expert {expert}",
+                remedy="record one with `moepack trace`",
+            )
 
 
 def _untie_packed(model: PreTrainedModel, pack: Pack) -> None:

@@ -83,6 +83,7 @@ def test_scores_are_the_model_s(tiny: Path) -> None:
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_local_task_runs_from_the_command_line(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip(
         "lm_eval.models.huggingface", reason="needs lm-eval: pip install .[lm-eval]"

@@ -105,7 +105,7 @@ class PackRuntime:
 
         # A bias decides anew for every token what a router gives out.
         if isinstance(self.engine, NativeEngine) and current_options().tape and not self.bias:
-            self.tape = install(model, self.layers, self.engine, self.speculator)
+            self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
 
     def close(self) -> None:
         """End threads and close files."""

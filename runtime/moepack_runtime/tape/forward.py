@@ -18,6 +18,7 @@ from ..experts_compute import ExpertsCompute
 from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from ..prefetch import Speculator
+from ..statistics import Statistics
 from .attention import recorded_attention
 from .kv import GrowingLayer, take_over
 from .player import Player
@@ -43,6 +44,7 @@ class TapeForward:
         computes: What computes the experts of each layer.
         engine: The native engine.
         speculator: Guesses experts from what the layers read; None without prefetch.
+        stats: Does not count the passes that are recorded.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class TapeForward:
         computes: Sequence[ExpertsCompute],
         engine: NativeEngine,
         speculator: Speculator | None,
+        stats: Statistics,
     ) -> None:
         # Weakly: the model owns this object, and must end with its last other owner.
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
-        self._computes, self._engine = computes, engine
+        self._computes, self._engine, self._stats = computes, engine, stats
         self._routers = None if speculator is None else speculator.routers
         self._inputs: Inputs = {}
         self._player: Player | None = None
@@ -85,7 +88,7 @@ class TapeForward:
         with torch.no_grad():
             if self._player is None:
                 try:
-                    with self._engine.float_activations():
+                    with self._engine.float_activations(), self._stats.uncounted():
                         self._record(token, layers)
                 except CannotRecord as reason:
                     self._give_up(str(reason))
@@ -167,6 +170,8 @@ class TapeForward:
                 _rewind(layers, start)
                 raise CannotRecord(f"played logits differ by {float(error):.1e}")
         _rewind(layers, start)
+        for compute in self._computes:
+            compute.settle()
         self._player, self._output = player, type(output)
         _log.info("%s", self.describe())
 
@@ -220,9 +225,10 @@ def install(
     computes: Sequence[ExpertsCompute],
     engine: NativeEngine,
     speculator: Speculator | None,
+    stats: Statistics,
 ) -> TapeForward:
     """Make a model's forward play tokens; what is not one token goes on as before."""
-    tape = TapeForward(model, computes, engine, speculator)
+    tape = TapeForward(model, computes, engine, speculator, stats)
 
     @functools.wraps(type(model).forward)
     def forward(*args: Any, **kwargs: Any) -> Any:

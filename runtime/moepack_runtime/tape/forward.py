@@ -97,7 +97,7 @@ class TapeForward:
             assert self._output is not None
             if self._routers is not None:
                 self._routers.show(self._inputs)
-            logits = self._player.play(token, position, layers).clone()
+            logits = self._player.play(token, position, layers)
         for compute in self._computes:
             compute.settle()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])

@@ -137,6 +137,8 @@ def set_up(verbose: bool) -> None:
     logging.basicConfig(level=level, format="moepack: %(message)s", stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not verbose:  # what is tried again is no news
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def load(

@@ -2,7 +2,8 @@
 
 The residual stream changes little from one layer to the next, so a later layer's norm and router
 are asked about the residual that this layer's feed-forward block is about to read (Eliseev & Mazur,
-arXiv 2312.17238, section 3.2). Where no norm is found, this layer's own router input is used.
+arXiv 2312.17238, section 3.2). Where no norm is found, or a recorded token is played and modules
+are not called, this layer's own router input is used.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class EarlyRouters:
         self._experts = [adapter.num_experts for adapter in adapters]
         self._routers: dict[int, Router | None] = {}
         self._inputs: dict[int, tuple[Tensor, bool]] = {}
+        self._same_input: set[int] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -42,22 +44,33 @@ class EarlyRouters:
         """Layers whose router cannot be asked."""
         return [layer for layer, router in self._routers.items() if router is None]
 
-    def look(self, layer: int, top_k_index: Tensor) -> None:
-        """The experts of a layer were called with these indices, ``[T, K]``, in the first pass."""
+    def look(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
+        """The experts of a layer were called with these, ``[T, H]`` and ``[T, K]``.
+
+        Only the first pass matters.
+        """
         if self._finder is None:
             return
         self._finder.found(layer, top_k_index)
+        router = self._finder.routers[layer]
+        if router is not None and len(hidden) == len(top_k_index):
+            with torch.no_grad():
+                if torch.equal(router.ask(hidden, normed=True), top_k_index):
+                    self._same_input.add(layer)
         if self._finder.done:
             self._routers = self._finder.routers
             self._finder = None
             self._watch()
 
-    def ask(self, layer: int, target: int, *, ranked: bool = False) -> Tensor | None:
+    def ask(
+        self, layer: int, target: int, hidden: Tensor, *, ranked: bool = False
+    ) -> Tensor | None:
         """The experts that the router of ``target`` would pick for what ``layer`` reads.
 
         Args:
             layer: The layer that is about to compute its experts.
             target: A later layer.
+            hidden: ``[T, H]`` what the layer's experts read; its router mostly reads the same.
             ranked: Give all experts, the likeliest first, where the router picks by a top-k.
 
         Returns:
@@ -65,6 +78,8 @@ class EarlyRouters:
             E or more is a place without an expert.
         """
         router, seen = self._routers.get(target), self._inputs.get(layer)
+        if seen is None and layer in self._same_input:
+            seen = hidden, True
         if router is None or seen is None:
             return None
         x, normed = seen

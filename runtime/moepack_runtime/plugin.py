@@ -27,6 +27,7 @@ from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_expe
 from .experts_compute import ExpertsCompute
 from .hub.cache import complete_snapshot
 from .kernels import select
+from .kernels.native_engine import NativeEngine
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
@@ -38,6 +39,8 @@ from .trunk import check_fits, check_trunk, trunk_nbytes
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
+
+    from .tape import TapeForward
 
 
 class PackRuntime:
@@ -51,7 +54,8 @@ class PackRuntime:
         bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
         adapters: The experts modules, without their weights.
-        layers: What each of them computes with.
+        computes: What computes the experts of each layer.
+        tape: Plays tokens; None where nothing is recorded.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class PackRuntime:
         dtype: torch.dtype,
     ) -> None:
         self.pack, self.stats = pack, Statistics()
+        self.tape: TapeForward | None = None
         options = current_options()
         self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
@@ -74,7 +79,7 @@ class PackRuntime:
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats
         )
-        self.layers: list[ExpertsCompute] = []
+        self.computes: list[ExpertsCompute] = []
         shared = adapters, self.residency, self.stats
         self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
         self.speculator = Speculator(model, *shared, self.bias) if options.prefetch else None
@@ -89,10 +94,19 @@ class PackRuntime:
                 self.engine,
                 self.bias,
             )
-            self.layers.append(compute)
             adapter.install(compute)
+            self.computes.append(compute)
         if self.bias is not None:
             self.bias.install(model)
+
+    def record_decoding(self, model: PreTrainedModel) -> None:
+        """Let the native library decode, where the model can be recorded."""
+        from .tape import install  # needs all of transformers
+
+        # A recording has left the routers' Python behind, which the bias changes.
+        wanted = current_options().tape and self.bias is None
+        if isinstance(self.engine, NativeEngine) and wanted:
+            self.tape = install(model, self.computes, self.engine)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -162,6 +176,7 @@ class MoepackQuantizer(HfQuantizer):
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
+        runtime.record_decoding(model)
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
         return model

@@ -86,16 +86,19 @@ class Speculator:
             return "no prefetch: the routers of this model cannot be asked early"
         return f"no prefetch for {len(self.missing)} layers, whose routers cannot be asked early"
 
-    def experts_called(self, layer: int, top_k_index: Tensor, needed: list[int]) -> None:
+    def experts_called(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, needed: list[int]
+    ) -> None:
         """The experts of ``layer`` are about to compute: score the guess, make the next.
 
         Args:
             layer: Ordinal of the MoE layer.
+            hidden: ``[T, H]`` what they read.
             top_k_index: ``[T, K]``.
             needed: The experts in it.
         """
         if not self._routers.found:
-            self._routers.look(layer, top_k_index)
+            self._routers.look(layer, hidden, top_k_index)
             return
         guess = self._guesses.pop(layer, None)
         if guess is not None:
@@ -111,7 +114,7 @@ class Speculator:
                 self._start_token()
             following = layer + 1
             if self._trial.guessing and following < len(self._experts):
-                self._guess(layer, following)
+                self._guess(layer, following, hidden)
         self._routers.forget(layer)
 
     def _start_token(self) -> None:
@@ -130,12 +133,12 @@ class Speculator:
             verdict.without * 1e3,
         )
 
-    def _guess(self, layer: int, target: int) -> None:
+    def _guess(self, layer: int, target: int, hidden: Tensor) -> None:
         if self._given_up(target):
             return
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
-            indices = self._routers.ask(layer, target)
+            indices = self._routers.ask(layer, target, hidden)
         if indices is None:
             return
         # First choices first; some routers also pick places without an expert.

@@ -2,13 +2,13 @@
 
 The residual stream changes little from one layer to the next, so a later layer's norm and router
 are asked about the residual that this layer's feed-forward block is about to read (Eliseev & Mazur,
-arXiv 2312.17238, section 3.2). Where no norm is found, or a recorded token is played and modules
-are not called, this layer's own router input is used.
+arXiv 2312.17238, section 3.2). Where no norm is found, this layer's own router input is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from .experts import ExpertsAdapter
 from .routers import Router, RouterFinder
 from .topk import RouterTopK
+
+Inputs = dict[int, tuple[Tensor, bool]]
+"""By layer, what its norm or router reads, and whether it has gone through a norm."""
 
 
 class EarlyRouters:
@@ -30,8 +33,8 @@ class EarlyRouters:
         self._finder: RouterFinder | None = RouterFinder(model, list(adapters))
         self._experts = [adapter.num_experts for adapter in adapters]
         self._routers: dict[int, Router | None] = {}
-        self._inputs: dict[int, tuple[Tensor, bool]] = {}
-        self._same_input: set[int] = set()
+        self._inputs: Inputs = {}
+        self._kept: Inputs | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -44,33 +47,22 @@ class EarlyRouters:
         """Layers whose router cannot be asked."""
         return [layer for layer, router in self._routers.items() if router is None]
 
-    def look(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
-        """The experts of a layer were called with these, ``[T, H]`` and ``[T, K]``.
-
-        Only the first pass matters.
-        """
+    def look(self, layer: int, top_k_index: Tensor) -> None:
+        """The experts of a layer were called with these indices, ``[T, K]``, in the first pass."""
         if self._finder is None:
             return
         self._finder.found(layer, top_k_index)
-        router = self._finder.routers[layer]
-        if router is not None and len(hidden) == len(top_k_index):
-            with torch.no_grad():
-                if torch.equal(router.ask(hidden, normed=True), top_k_index):
-                    self._same_input.add(layer)
         if self._finder.done:
             self._routers = self._finder.routers
             self._finder = None
             self._watch()
 
-    def ask(
-        self, layer: int, target: int, hidden: Tensor, *, ranked: bool = False
-    ) -> Tensor | None:
+    def ask(self, layer: int, target: int, *, ranked: bool = False) -> Tensor | None:
         """The experts that the router of ``target`` would pick for what ``layer`` reads.
 
         Args:
             layer: The layer that is about to compute its experts.
             target: A later layer.
-            hidden: ``[T, H]`` what the layer's experts read; its router mostly reads the same.
             ranked: Give all experts, the likeliest first, where the router picks by a top-k.
 
         Returns:
@@ -78,8 +70,6 @@ class EarlyRouters:
             E or more is a place without an expert.
         """
         router, seen = self._routers.get(target), self._inputs.get(layer)
-        if seen is None and layer in self._same_input:
-            seen = hidden, True
         if router is None or seen is None:
             return None
         x, normed = seen
@@ -95,7 +85,23 @@ class EarlyRouters:
 
     def forget(self, layer: int) -> None:
         """What the layer has read is no longer needed."""
-        self._inputs.pop(layer, None)
+        seen = self._inputs.pop(layer, None)
+        if seen is not None and self._kept is not None:
+            self._kept[layer] = seen
+
+    @contextmanager
+    def keeping(self) -> Iterator[Inputs]:
+        """Collect what every layer reads inside the block."""
+        kept: Inputs = {}
+        self._kept = kept
+        try:
+            yield kept
+        finally:
+            self._kept = None
+
+    def show(self, inputs: Inputs) -> None:
+        """What the layers are going to read: memory that a played pass fills."""
+        self._inputs.update(inputs)
 
     def close(self) -> None:
         """Take the hooks away."""

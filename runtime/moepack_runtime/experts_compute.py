@@ -20,8 +20,8 @@ from .prefetch import Speculator
 from .residency import Residency
 from .statistics import Statistics
 
-OnRouted = Callable[[int, Tensor, Tensor, Tensor], None]
-"""``on_routed(layer, hidden [T, H], top_k_index [T, K], top_k_weights [T, K])``"""
+Watcher = Callable[[int, Tensor, Tensor], None]
+"""``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
 
 
 class ExpertsCompute:
@@ -41,8 +41,8 @@ class ExpertsCompute:
         bias: Nudges the router; None without.
 
     Attributes:
-        watch: Is called instead, while a pass is recorded.
-        on_routed: Is told what the router chose; None for nobody.
+        watcher: Is told what the router chose; None for nobody.
+        stand_in: Is called instead, while a pass is recorded.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class ExpertsCompute:
         self._layer, self._adapter, self._records = layer, adapter, records
         self._residency, self._speculator, self._stats = residency, speculator, stats
         self._engine, self._bias = engine, bias
-        self.on_routed: OnRouted | None = None
+        self.watcher: Watcher | None = None
+        self.stand_in: Compute | None = None
         self._fused: FusedExperts | None = None
         self._asked_for_fused = False
-        self.watch: Compute | None = None
         self._native: Any | None = None
         self._table: Any | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
-        if self.watch is not None:
-            return self.watch(hidden, top_k_index, top_k_weights)
+        if self.stand_in is not None:
+            return self.stand_in(hidden, top_k_index, top_k_weights)
         return self.compute(hidden, top_k_index, top_k_weights)
 
     def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What a call does when nobody watches it."""
+        """What a call does unless something stands in for it."""
         fused = self._find_fused()
         if fused is not None and len(top_k_index) == 1:
             return self._one_token(fused, hidden, top_k_index, top_k_weights)
@@ -86,8 +86,9 @@ class ExpertsCompute:
             for expert, place in zip(experts.tolist(), order.split(counts.tolist()), strict=True)
             if 0 <= expert < self._adapter.num_experts
         }
+        needed = list(places)
         means = _mean_weights(top_k_index, top_k_weights, self._adapter.num_experts)
-        self._announce(hidden, top_k_index, top_k_weights, list(places), [means[e] for e in places])
+        self._announce(top_k_index, top_k_weights, needed, [means[expert] for expert in needed])
         if fused is not None and fused.takes(len(top_k_index)):
             return self._many_tokens(fused, hidden, top_k_weights, places)
         return self._by_matrices(hidden, top_k_weights, places)
@@ -138,18 +139,20 @@ class ExpertsCompute:
                 self._native, self._table = make([at.spec for at in self._records])
         return self._native
 
+    def settle(self) -> None:
+        """Count what a tape has computed here by itself."""
+        if self._native is None or not self._native.demanded:
+            return
+        self._stats.hits += self._native.demanded
+        self._stats.tokens += self._layer == 0
+        self._native.demanded = 0
+
     def _announce(
-        self,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        needed: list[int],
-        weights: list[float],
+        self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
     ) -> None:
         """Tell everybody what the router chose.
 
         Args:
-            hidden: ``[T, H]``.
             top_k_index: ``[T, K]``.
             top_k_weights: ``[T, K]``.
             needed: The experts in it.
@@ -159,11 +162,11 @@ class ExpertsCompute:
             self._stats.tokens += len(top_k_index)
         if self._bias is not None:
             self._bias.routed(self._layer)
-        if self.on_routed is not None:
-            self.on_routed(self._layer, hidden, top_k_index, top_k_weights)
+        if self.watcher is not None:
+            self.watcher(self._layer, top_k_index, top_k_weights)
         self._residency.observe(self._layer, needed, weights)
         if self._speculator is not None:
-            self._speculator.experts_called(self._layer, hidden, top_k_index, needed)
+            self._speculator.experts_called(self._layer, top_k_index, needed)
 
     def _find_fused(self) -> FusedExperts | None:
         # Not before the first call: on the meta device an activation cannot be tried.
@@ -184,7 +187,7 @@ class ExpertsCompute:
         if len(places) < len(index):
             weights = weights[places]
         of_expert = dict(zip(chosen, weights.tolist(), strict=True))
-        self._announce(hidden, top_k_index, top_k_weights, needed, list(of_expert.values()))
+        self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
         outputs = None
         if self._table is not None:
             for expert in needed:

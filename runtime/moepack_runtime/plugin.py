@@ -54,7 +54,7 @@ class PackRuntime:
         bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
         adapters: The experts modules, without their weights.
-        computes: What computes the experts of each layer.
+        layers: What each of them computes with.
         tape: Plays tokens; None where nothing is recorded.
     """
 
@@ -79,7 +79,7 @@ class PackRuntime:
         self.residency: Residency = open_residency(
             pack, options, trunk_nbytes(model, dtype), self.stats
         )
-        self.computes: list[ExpertsCompute] = []
+        self.layers: list[ExpertsCompute] = []
         shared = adapters, self.residency, self.stats
         self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
         self.speculator = Speculator(model, *shared, self.bias) if options.prefetch else None
@@ -94,8 +94,8 @@ class PackRuntime:
                 self.engine,
                 self.bias,
             )
+            self.layers.append(compute)
             adapter.install(compute)
-            self.computes.append(compute)
         if self.bias is not None:
             self.bias.install(model)
 
@@ -103,10 +103,9 @@ class PackRuntime:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
-        # A recording has left the routers' Python behind, which the bias changes.
-        wanted = current_options().tape and self.bias is None
-        if isinstance(self.engine, NativeEngine) and wanted:
-            self.tape = install(model, self.computes, self.engine)
+        # A bias decides anew for every token what a router gives out.
+        if isinstance(self.engine, NativeEngine) and current_options().tape and not self.bias:
+            self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
 
     def close(self) -> None:
         """End threads and close files."""

@@ -48,6 +48,9 @@ class Speculator:
         stats: Where recall is counted.
         bias: What nudges the routers, which guesses must allow for; None without.
         clock: Gives seconds.
+
+    Attributes:
+        routers: What it asks.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Speculator:
     ) -> None:
         self._residency, self._stats, self._bias = residency, stats, bias
         self._clock = clock
-        self._routers = EarlyRouters(model, adapters)
+        self.routers = EarlyRouters(model, adapters)
         self._experts = [adapter.num_experts for adapter in adapters]
         self._guesses: dict[int, set[int]] = {}
         self._trial = PrefetchTrial()
@@ -69,7 +72,7 @@ class Speculator:
     @property
     def missing(self) -> list[int] | None:
         """Layers without a usable router, or None before the first pass has shown them."""
-        return self._routers.missing if self._routers.found else None
+        return self.routers.missing if self.routers.found else None
 
     @property
     def pays(self) -> bool:
@@ -86,19 +89,16 @@ class Speculator:
             return "no prefetch: the routers of this model cannot be asked early"
         return f"no prefetch for {len(self.missing)} layers, whose routers cannot be asked early"
 
-    def experts_called(
-        self, layer: int, hidden: Tensor, top_k_index: Tensor, needed: list[int]
-    ) -> None:
+    def experts_called(self, layer: int, top_k_index: Tensor, needed: list[int]) -> None:
         """The experts of ``layer`` are about to compute: score the guess, make the next.
 
         Args:
             layer: Ordinal of the MoE layer.
-            hidden: ``[T, H]`` what they read.
             top_k_index: ``[T, K]``.
             needed: The experts in it.
         """
-        if not self._routers.found:
-            self._routers.look(layer, hidden, top_k_index)
+        if not self.routers.found:
+            self.routers.look(layer, top_k_index)
             return
         guess = self._guesses.pop(layer, None)
         if guess is not None:
@@ -114,8 +114,8 @@ class Speculator:
                 self._start_token()
             following = layer + 1
             if self._trial.guessing and following < len(self._experts):
-                self._guess(layer, following, hidden)
-        self._routers.forget(layer)
+                self._guess(layer, following)
+        self.routers.forget(layer)
 
     def _start_token(self) -> None:
         before = self._trial.verdict
@@ -133,12 +133,12 @@ class Speculator:
             verdict.without * 1e3,
         )
 
-    def _guess(self, layer: int, target: int, hidden: Tensor) -> None:
+    def _guess(self, layer: int, target: int) -> None:
         if self._given_up(target):
             return
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
-            indices = self._routers.ask(layer, target, hidden)
+            indices = self.routers.ask(layer, target)
         if indices is None:
             return
         # First choices first; some routers also pick places without an expert.

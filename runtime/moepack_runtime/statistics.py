@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 
@@ -54,6 +57,15 @@ class Statistics:
     def reset(self) -> None:
         """Set every counter to zero."""
         self.__init__()  # type: ignore[misc]
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count nothing inside the block."""
+        before = copy.deepcopy(vars(self))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def add(self, other: Statistics) -> None:
         """Add the counters of another run."""

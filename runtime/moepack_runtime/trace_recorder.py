@@ -34,13 +34,13 @@ class RoutingRecorder:
         self._guessed: dict[tuple[int, int], Tensor] = {}  # by (layers ahead, layer)
 
     def __enter__(self) -> Self:
-        for compute in self._runtime.computes:
-            compute.on_routed = self._note
+        for compute in self._runtime.layers:
+            compute.watcher = self._note
         return self
 
     def __exit__(self, *_: object) -> None:
-        for compute in self._runtime.computes:
-            compute.on_routed = None
+        for compute in self._runtime.layers:
+            compute.watcher = None
         if self._routers is not None:
             self._routers.close()
 
@@ -80,16 +80,16 @@ class RoutingRecorder:
         self._guessed.clear()
         return Routing(experts, weights, guesses)
 
-    def _note(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    def _note(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         self._chosen[layer] = top_k_index.detach().clone(), top_k_weights.detach().clone()
         if self._routers is None:
             return
         if not self._routers.found:
-            self._routers.look(layer, hidden, top_k_index)
+            self._routers.look(layer, top_k_index)
             return
         for ahead in range(1, self._ahead + 1):
             if layer + ahead < len(self._sizes):
-                ranked = self._routers.ask(layer, layer + ahead, hidden, ranked=True)
+                ranked = self._routers.ask(layer, layer + ahead, ranked=True)
                 if ranked is not None:
                     self._guessed[ahead, layer + ahead] = ranked
         self._routers.forget(layer)

@@ -23,14 +23,12 @@ CANNOT = {"phimoe"}
 def chosen(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Indices and weights of every MoE layer, in order."""
     seen: list[tuple[Tensor, Tensor]] = []
-    for compute in model.moepack.computes:
-        compute.on_routed = lambda _, __, index, weights: seen.append(
-            (index.clone(), weights.clone())
-        )
+    for compute in model.moepack.layers:
+        compute.watcher = lambda _, index, weights: seen.append((index.clone(), weights.clone()))
     with torch.no_grad():
         model(ids, use_cache=False)
-    for compute in model.moepack.computes:
-        compute.on_routed = None
+    for compute in model.moepack.layers:
+        compute.watcher = None
     return seen
 
 

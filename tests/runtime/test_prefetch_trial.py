@@ -157,10 +157,8 @@ def guess_by(
     """Replace what the early routers say, where they can be asked."""
     real = EarlyRouters.ask
 
-    def ask(
-        self: Any, layer: int, target: int, hidden: Tensor, *, ranked: bool = False
-    ) -> Tensor | None:
-        indices = real(self, layer, target, hidden, ranked=ranked)
+    def ask(self: Any, layer: int, target: int, *, ranked: bool = False) -> Tensor | None:
+        indices = real(self, layer, target, ranked=ranked)
         return None if indices is None else torch.tensor([choose(self, layer, target, indices)])
 
     patch.setattr(EarlyRouters, "ask", ask)
@@ -171,7 +169,7 @@ def load(pack: Path) -> Any:
     from tests.runtime.test_options import needed, record_nbytes
 
     ram = needed(pack) + 11 * record_nbytes(pack)
-    return load_pack(pack, io="buffered", ram=ram, io_threads=1, policy="lru", tape=False)
+    return load_pack(pack, io="buffered", ram=ram, io_threads=1, policy="lru")
 
 
 def test_wrong_guesses_turn_themselves_off(
@@ -207,10 +205,10 @@ def test_right_guesses_stay_on(
 ) -> None:
     """A read takes as long as an attention: what is guessed in time is free."""
     ids = families.tokens(batch=1, length=WITHIN)
-    oracle = load_pack(pack, prefetch=False, tape=False)
-    used: list[list[list[int]]] = [[] for _ in oracle.moepack.computes]
-    for compute in oracle.moepack.computes:
-        compute.on_routed = lambda layer, _, index, __: used[layer].append(index[0].tolist())
+    oracle = load_pack(pack, prefetch=False)
+    used: list[list[list[int]]] = [[] for _ in oracle.moepack.layers]
+    for compute in oracle.moepack.layers:
+        compute.watcher = lambda layer, index, _: used[layer].append(index[0].tolist())
     decode(oracle, WITHIN)
 
     model = load(pack)
@@ -220,7 +218,7 @@ def test_right_guesses_stay_on(
         return used[target][len(seen)]  # the prompt is the first of those used
 
     seen: list[int] = []
-    model.moepack.computes[0].on_routed = lambda _, __, index, ___: (
+    model.moepack.layers[0].watcher = lambda layer, index, _: (
         seen.append(1) if len(index) == 1 else None
     )
     guess_by(monkeypatch, choose)

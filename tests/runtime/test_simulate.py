@@ -52,8 +52,7 @@ def run_real(tiny: Path, least: int, slots: int, **options: Any) -> tuple[Trace,
     """Decode real text with so many slots; the trace and the counters."""
     with contextlib.closing(Pack(tiny)) as opened_pack:
         nbytes = opened_pack.layers[0][0].spec.nbytes
-    ram = least + (slots - 1) * nbytes
-    model = load_pack(tiny, io="buffered", ram=ram, tape=False, **options)
+    model = load_pack(tiny, io="buffered", ram=least + (slots - 1) * nbytes, **options)
     cache = model.moepack.residency
     assert isinstance(cache, SlotCache)
     assert cache.slots == slots

@@ -202,12 +202,12 @@ def test_a_pass_is_recorded_as_it_was(pack: Path) -> None:
                 assert (np.sort(ranks, -1) == np.arange(8)).all()
             else:
                 assert (ranks == NOTHING).all()
-    assert all(compute.on_routed is None for compute in model.moepack.computes)
+    assert all(compute.watcher is None for compute in model.moepack.layers)
 
 
 def test_the_best_guesses_are_those_of_prefetch(pack: Path) -> None:
     """The first of the ranked guesses are what the speculator would read."""
-    model = load_pack(pack, io="buffered", tape=False)
+    model = load_pack(pack, io="buffered")
     guessed: list[tuple[int, list[int]]] = []
     residency = model.moepack.residency
     real = residency.prefetch
@@ -234,7 +234,7 @@ def test_families_of_other_kinds_are_recorded(family: str, tmp_path: Path) -> No
         recorder.find_routers()
         model(families.tokens(batch=1, length=6), use_cache=False)
         got = recorder.take(6)
-    layers = len(model.moepack.computes)
+    layers = len(model.moepack.layers)
     top_k = 3 if family == "longcat_flash" else 2
     assert got.experts.shape == (6, layers, top_k)
     assert ((got.experts >= NOTHING) & (got.experts < 8)).all()

@@ -99,7 +99,7 @@ class Player:
             layers: The cache.
 
         Returns:
-            Logits ``[1, 1, vocabulary]``, which the next call overwrites.
+            Logits ``[1, 1, vocabulary]``, a copy.
         """
         self._token.fill_(token)
         self._position.fill_(position)
@@ -115,12 +115,14 @@ class Player:
             at += 1
         for layer in layers:
             layer.played()
-        return self._logits
+        # Not clone(): so large a copy wakes torch's threads, which takes longer than the copy.
+        logits = torch.empty_like(self._logits)
+        ctypes.memmove(logits.data_ptr(), self._logits.data_ptr(), logits.nbytes)
+        return logits
 
     def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
         """Make a native layer stand for a layer of the cache, with room for one more token."""
-        layer.reserve(position + 1)
-        buffers = layer.buffers
+        buffers = layer.reserve(position + 1)
         if self._known[number] is not buffers.keys:
             self._known[number] = buffers.keys
             kv.keys, kv.values = buffers.keys.data_ptr(), buffers.values.data_ptr()

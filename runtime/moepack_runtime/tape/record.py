@@ -112,7 +112,7 @@ def recording(
             what = Opaque("experts", compute)
             return recorder.opaque(what, inputs, lambda: compute.compute(*inputs))
 
-        compute.watch = run
+        compute.stand_in = run
 
     def watch(module: nn.Module, kind: str) -> None:
         forward = module.forward
@@ -134,7 +134,7 @@ def recording(
             yield
     finally:
         for compute in computes:
-            compute.watch = None
+            compute.stand_in = None
         for module, forward in hidden.items():
             if forward is None:
                 vars(module).pop("forward", None)

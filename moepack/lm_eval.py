@@ -13,12 +13,19 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from moepack.commands.common import physical_cores
 from moepack_formats.errors import MoepackError, UsageError
 from moepack_runtime.loading import load_pack, load_tokenizer
 from moepack_runtime.options import RuntimeOptions
+
+try:
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"moepack: lm-eval is missing ({error}); pip install 'moepack[lm-eval]'", file=sys.stderr)
+    sys.exit(2)
 
 
 class PackLM(HFLM):  # type: ignore[misc]

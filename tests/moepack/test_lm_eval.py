@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -57,6 +58,20 @@ def test_importing_moepack_makes_the_name_known(tmp_path: Path) -> None:
     )
     assert done.stderr == ""
     assert done.stdout.split() == ["moepack.lm_eval:PackLM", "False"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is there")
+def test_without_lm_eval_the_command_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moepack.lm_eval"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("moepack: lm-eval is missing")
+    assert done.stderr.endswith("pip install 'moepack[lm-eval]'\n")
 
 
 def test_scores_are_the_model_s(tiny: Path) -> None:

@@ -14,6 +14,7 @@ from moepack_formats.errors import ResourceError
 from moepack_formats.layer import RecordLocation
 from moepack_formats.pack import Pack, check_record
 
+from .budget import MemoryLimit
 from .statistics import Statistics
 
 
@@ -27,15 +28,18 @@ class MappedRecords:
     Args:
         pack: An open pack; its descriptors are used.
         stats: Where first uses count as misses and later ones as hits.
+        limit: The budget of the process.
     """
 
-    def __init__(self, pack: Pack, stats: Statistics) -> None:
-        self._pack, self._stats = pack, stats
+    def __init__(self, pack: Pack, stats: Statistics, limit: MemoryLimit | None = None) -> None:
+        self._pack, self._stats, self._limit = pack, stats, limit
         self._maps: dict[int, mmap.mmap] = {}
         self._checked: set[tuple[int, int]] = set()
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
+        if layer == 0:
+            self.make_room(0)
         for expert in experts:
             at = self._pack.layers[layer][expert]
             record = self._view(at, layer, expert)
@@ -59,6 +63,11 @@ class MappedRecords:
                 at = self._pack.layers[layer][expert]
                 os.posix_fadvise(at.descriptor, at.offset, at.spec.nbytes, os.POSIX_FADV_WILLNEED)
                 self._stats.speculative_reads += 1
+
+    def make_room(self, nbytes: int) -> None:
+        """See :class:`Residency`. Mapped pages are the kernel's to take back."""
+        if self._limit is not None and self._limit.room(nbytes) < 0:
+            raise self._limit.error()
 
     def describe(self) -> str:
         """See :class:`Residency`."""

@@ -7,13 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
 
+from .budget import OVERHEAD_NBYTES, MemoryLimit, Needs
 from .mapped import MappedRecords
-from .memory import default_budget
-from .options import RuntimeOptions, format_size
-from .slot_cache import SlotCache, record_sizes
+from .memory import default_budget, own_nbytes
+from .options import RuntimeOptions
+from .slot_cache import SLACK, SlotCache, record_sizes
 from .statistics import Statistics
 
 
@@ -35,6 +35,13 @@ class Residency(Protocol):
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 
+    def make_room(self, nbytes: int) -> None:
+        """The caller is about to take this much memory for itself.
+
+        Raises:
+            ResourceError: The budget does not allow it.
+        """
+
     def describe(self) -> str:
         """One line for a person: mode and capacity."""
 
@@ -50,32 +57,28 @@ def open_residency(
     Args:
         pack: An open pack.
         options: Budget and I/O mode.
-        trunk_nbytes: Memory that the trunk takes, in bytes.
+        trunk_nbytes: Memory that the trunk will take, in bytes.
         stats: Where hits, misses and bytes are counted.
 
     Raises:
         ResourceError: The budget is below the smallest working set; the message says the need.
     """
     sizes = record_sizes(pack)
-    work = _work_nbytes(pack)
-    smallest = trunk_nbytes + work + sum(sizes)
+    needs = Needs(
+        process=own_nbytes() + OVERHEAD_NBYTES,
+        trunk=trunk_nbytes,
+        work=_dense_nbytes(pack) + SLACK,
+        smallest=sum(sizes),
+    )
     budget = default_budget() if options.ram is None else options.ram
-    if budget < smallest:
-        raise ResourceError(
-            "not enough memory for the smallest working set",
-            where=pack.folder,
-            wanted=f"{format_size(smallest)} ({format_size(trunk_nbytes)} trunk, "
-            f"{format_size(work)} work space, {format_size(sum(sizes))} experts)",
-            got=format_size(budget),
-            remedy=f"give --ram {smallest} or more",
-        )
-    for_slots = budget - trunk_nbytes - work
+    needs.check(budget, pack)
+    for_slots, limit = budget - needs.fixed, MemoryLimit(budget)
     everything = sum(nbytes * count for nbytes, count in sizes.items())
     if options.io == "mmap" or (options.io == "auto" and everything <= for_slots):
-        return MappedRecords(pack, stats)
-    return SlotCache(pack, for_slots, options, stats)
+        return MappedRecords(pack, stats, limit)
+    return SlotCache(pack, for_slots, options, stats, limit)
 
 
-def _work_nbytes(pack: Pack) -> int:
-    """Bytes of the largest expert as dense float32, which the reference path decodes it to."""
+def _dense_nbytes(pack: Pack) -> int:
+    """Bytes of the largest expert as dense float32, to which several tokens decode it."""
     return 4 * max(at.spec.parameters for layer in pack.layers for at in layer)

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from moepack_formats import osio
 from moepack_formats.errors import ResourceError
 from moepack_formats.layer import RecordLocation
-from moepack_formats.pack import Pack, check_record
+from moepack_formats.pack import Pack
 
 from .arena import Arena
-from .io_pool import DEMAND, SPECULATION, IoPool
+from .budget import MemoryLimit
+from .calibrate import io_threads
+from .io_pool import DEMAND, SPECULATION, IoPool, Read
 from .options import RuntimeOptions, format_size
 from .policies import Key, get_policy
+from .record_reader import RecordReader
 from .statistics import Statistics
 
 MAX_STAGED = 8
 """Guessed experts that may wait in slots at a time, at most a quarter of the slots."""
+
+SLACK = 16 << 20
+"""Bytes left free for what a token may take before the next look at the process's memory."""
 
 
 def record_sizes(pack: Pack) -> dict[int, int]:
@@ -41,26 +46,60 @@ class _Entry:
 
     key: Key
     slot: int
-    reading: Future[None]
+    reading: Read
     guessed: bool
     pins: int = 0
 
 
 class _SizeClass:
-    """Slots and policy for the records of one size."""
+    """Slots and policy for the records of one size.
+
+    Attributes:
+        arena: The slots' memory.
+        free: Slots without a record.
+        parked: Slots whose memory was given back to the system.
+        untouched: Slots that are not parked and whose memory was never taken.
+        staged: Guesses that were not demanded yet, oldest first.
+        demanded: Number of slots with demanded records.
+    """
 
     def __init__(self, arena: Arena, records: int, policy: str) -> None:
-        self.arena, slots = arena, arena.slots
-        self.free = list(range(slots))
+        self.arena, self._records = arena, records
+        self.free = list(range(arena.slots))
+        self.parked: list[int] = []
+        self.untouched = set(self.free)
         self.policy = get_policy(policy)()
         self.staged: deque[Key] = deque()
-        self.reserved = 0 if slots >= records else min(MAX_STAGED, slots // 4)
         self.demanded = 0
+
+    @property
+    def slots(self) -> int:
+        """Slots that may be filled."""
+        return self.arena.slots - len(self.parked)
 
     @property
     def demanded_limit(self) -> int:
         """Slots that demanded experts may fill; the others wait for guesses."""
-        return self.arena.slots - self.reserved
+        slots = self.slots
+        return slots if slots >= self._records else slots - min(MAX_STAGED, slots // 4)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot."""
+        return self.arena.slot_nbytes
+
+    def park(self) -> None:
+        """Give a free slot's memory back."""
+        slot = self.free.pop()
+        self.arena.give_back(slot)
+        self.untouched.discard(slot)
+        self.parked.append(slot)
+
+    def unpark(self) -> None:
+        """Use a parked slot again."""
+        slot = self.parked.pop()
+        self.untouched.add(slot)
+        self.free.append(slot)
 
 
 class SlotCache:
@@ -69,8 +108,9 @@ class SlotCache:
     Args:
         pack: An open pack.
         budget: Bytes for all slots; at least one slot of each record size.
-        options: Policy and I/O threads.
+        options: Policy, I/O mode and threads, and the most slots.
         stats: Where hits, misses and bytes are counted.
+        limit: What slots give way to.
         device: Where the slots are.
         stream: The stream that fills them; None on the CPU.
     """
@@ -81,35 +121,67 @@ class SlotCache:
         budget: int,
         options: RuntimeOptions,
         stats: Statistics,
+        limit: MemoryLimit | None = None,
         device: torch.device | str = "cpu",
         stream: object | None = None,
     ) -> None:
-        self._pack, self._stats = pack, stats
+        self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, _Entry] = {}
+        sizes = record_sizes(pack)
         self._classes = {
-            nbytes: _SizeClass(
-                Arena(nbytes, slots, device, stream), record_sizes(pack)[nbytes], options.policy
-            )
-            for nbytes, slots in _divide(budget, record_sizes(pack)).items()
+            nbytes: _SizeClass(Arena(nbytes, slots, device, stream), sizes[nbytes], options.policy)
+            for nbytes, slots in _divide(budget, sizes, options.slots).items()
         }
-        self._io = IoPool(options.io_threads)
+        self._reader = RecordReader(pack, direct=options.io != "buffered")
+        self._threads = options.io_threads or io_threads(pack, self._reader)
+        self._io = IoPool(self._threads)
 
     @property
     def slots(self) -> int:
         """Slots of all sizes."""
-        return sum(size.arena.slots for size in self._classes.values())
+        return sum(size.slots for size in self._classes.values())
 
     def describe(self) -> str:
         """See :class:`Residency`."""
         total = sum(len(layer) for layer in self._pack.layers)
-        size = sum(c.arena.slots * c.arena.slot_nbytes for c in self._classes.values())
-        return f"{self.slots} of {total} experts fit in {format_size(size)} of slots"
+        nbytes = sum(size.slots * size.nbytes for size in self._classes.values())
+        reads = "direct" if self._reader.direct else "buffered"
+        return (
+            f"{self.slots} of {total} experts fit in {format_size(nbytes)} of slots; "
+            f"{reads} reads, {self._threads} at a time"
+        )
 
     def close(self) -> None:
         """End the I/O threads and let go of the slots."""
         self._io.close()
         self._entries.clear()
         self._classes.clear()
+
+    def make_room(self, nbytes: int) -> None:
+        """See :class:`Residency`. Slots give way to whatever else the process has taken."""
+        if self._limit is None:
+            return
+        classes = self._classes.values()
+        taken = sum(len(size.untouched) * size.nbytes for size in classes)
+        room = self._limit.room(nbytes + taken)
+        while room < SLACK:
+            size = max(classes, key=lambda size: (size.slots > 1, size.slots * size.nbytes))
+            if size.slots == 1 or not self._park(size):
+                break
+            room += size.nbytes
+        if room < 0:
+            raise self._limit.error()
+        for size in classes:
+            while size.parked and room > 2 * SLACK + size.nbytes:
+                size.unpark()
+                room -= size.nbytes
+
+    def _park(self, size: _SizeClass) -> bool:
+        """Give back one slot, if one can be emptied."""
+        if not size.free and not self._drop_staged(size, None) and not self._evict(size):
+            return False
+        size.park()
+        return True
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
@@ -124,6 +196,8 @@ class SlotCache:
         self, layer: int, experts: Sequence[int], *, together: bool
     ) -> Iterator[dict[int, Tensor]]:
         """Yield one ready record at a time, or all that are ready; both stay pinned meanwhile."""
+        if layer == 0:
+            self.make_room(0)
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         self._forget_failures(keys)
@@ -144,14 +218,14 @@ class SlotCache:
                 turn = [self._next_ready(pending)]
                 pending.remove(turn[0])
                 if together:
-                    turn += [entry for entry in pending if entry.reading.done()]
+                    turn += [entry for entry in pending if entry.reading.done]
                     pending = [entry for entry in pending if entry not in turn]
                 try:
                     yield {entry.key[1]: self._record(entry) for entry in turn}
                 finally:
                     for entry in turn:
                         entry.pins -= 1
-                        if entry.reading.exception() is not None:
+                        if entry.reading.error is not None:
                             self._release(entry)
         finally:
             for entry in pending:
@@ -188,6 +262,7 @@ class SlotCache:
         entry.pins += 1
         if entry.guessed:
             entry.guessed = False
+            self._io.promote(entry.reading)
             size.staged.remove(key)
             self._count_in(entry, size)
             self._stats.speculative_used += 1
@@ -208,13 +283,13 @@ class SlotCache:
                 left = [e.reading for e in self._entries.values() if self._is_left(e, size)]
                 if pending or not left:
                     return False
-                wait(left, return_when=FIRST_COMPLETED)
+                self._io.wait(left)
             elif not self._drop_staged(size, None):
                 # Every other slot is being filled by a guess; one will be done soon.
                 guesses = [self._entries[k].reading for k in size.staged]
                 if not guesses:
                     return False
-                wait(guesses, return_when=FIRST_COMPLETED)
+                self._io.wait(guesses)
         entry = self._read(key, size.free.pop(), guessed=False)
         entry.pins += 1
         self._count_in(entry, size)
@@ -222,18 +297,14 @@ class SlotCache:
         return True
 
     def _is_left(self, entry: _Entry, size: _SizeClass) -> bool:
-        unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done()
+        unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done
         return unwanted and self._class_of(entry.key) is size
 
     def _read(self, key: Key, slot: int, *, guessed: bool) -> _Entry:
         at, size = self._at(key), self._class_of(key)
         buffer = size.arena.buffer(slot)[: at.spec.nbytes]
-
-        def job() -> None:
-            place = f"{at.file}, layer {key[0]}, expert {key[1]}"
-            osio.read_at(at.descriptor, buffer, at.offset, place)
-            check_record(buffer, at, *key)
-
+        size.untouched.discard(slot)
+        job = partial(self._reader.read, at, buffer, *key)
         reading = self._io.submit(job, SPECULATION if guessed else DEMAND)
         self._stats.bytes_read += at.spec.nbytes
         entry = _Entry(key, slot, reading, guessed)
@@ -243,17 +314,17 @@ class SlotCache:
     def _next_ready(self, pending: list[_Entry]) -> _Entry:
         """A record that is there already, else the first to arrive."""
         for entry in pending:
-            if entry.reading.done():
+            if entry.reading.done:
                 return entry
-        done, _ = wait([entry.reading for entry in pending], return_when=FIRST_COMPLETED)
-        return next(entry for entry in pending if entry.reading in done)
+        self._io.wait([entry.reading for entry in pending])
+        return next(entry for entry in pending if entry.reading.done)
 
     def _cancel_wrong_guesses(self, layer: int, needed: set[Key]) -> None:
         """Guesses for this layer that are not needed and not yet being read are not read."""
         for size in self._classes.values():
             for key in [k for k in size.staged if k[0] == layer and k not in needed]:
                 entry = self._entries[key]
-                if entry.reading.cancel():
+                if self._io.cancel(entry.reading):
                     self._stats.bytes_read -= self._at(key).spec.nbytes
                     self._stats.speculative_reads -= 1
                     self._release(entry)
@@ -262,16 +333,16 @@ class SlotCache:
         """A read that failed for a guess or for a pass that was given up is tried again."""
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or entry.pins or not entry.reading.done():
+            if entry is None or entry.pins or not entry.reading.done:
                 continue
-            if entry.reading.exception() is not None:
+            if entry.reading.error is not None:
                 self._release(entry)
 
     def _drop_staged(self, size: _SizeClass, keep_layer: int | None) -> bool:
         """Give up the oldest guess that was read and not used."""
         for key in size.staged:
             entry = self._entries[key]
-            if key[0] != keep_layer and entry.reading.done():
+            if key[0] != keep_layer and entry.reading.done:
                 self._release(entry)
                 return True
         return False
@@ -281,7 +352,7 @@ class SlotCache:
 
         def usable(key: Key) -> bool:
             entry = self._entries[key]
-            return entry.pins == 0 and entry.reading.done()
+            return entry.pins == 0 and entry.reading.done
 
         victim = size.policy.victim(usable)
         if victim is None:
@@ -304,9 +375,17 @@ class SlotCache:
         size.free.append(entry.slot)
 
 
-def _divide(budget: int, sizes: dict[int, int]) -> dict[int, int]:
-    """Slots for each record size: all that exist, or shares of the budget by total bytes."""
+def _divide(budget: int, sizes: dict[int, int], most: int | None = None) -> dict[int, int]:
+    """Slots for each record size: all that exist, or shares of the budget by total bytes.
+
+    Args:
+        budget: Bytes.
+        sizes: Records by size.
+        most: Slots of all sizes together, but at least one of each.
+    """
     everything = sum(nbytes * count for nbytes, count in sizes.items())
+    if most is not None:
+        budget = min(budget, everything * most // sum(sizes.values()))
     if everything <= budget:
         return dict(sizes)
     slots = {n: min(c, max(1, budget * c // everything)) for n, c in sizes.items()}

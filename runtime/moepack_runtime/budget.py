@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
@@ -40,43 +40,55 @@ class MemoryLimit:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Bytes that running a pack takes.
+class Budget:
+    """What a process may take that runs a pack, and what it needs, all in bytes.
 
     Attributes:
+        nbytes: What it may take.
         process: Interpreter, libraries and kernel.
         trunk: Everything but the routed experts.
         work: Activations and the context of a short text.
         smallest: One expert of each record size.
+        everything: All experts.
     """
 
+    nbytes: int
     process: int
     trunk: int
     work: int
     smallest: int
+    everything: int
 
     @property
-    def fixed(self) -> int:
-        """All but the experts."""
-        return self.process + self.trunk + self.work
+    def for_slots(self) -> int:
+        """What is left for experts; negative when not even the trunk fits."""
+        return self.nbytes - self.process - self.trunk - self.work
 
-    def check(self, budget: int, pack: Pack) -> None:
-        """Refuse a budget that is too small.
+    def with_trunk(self, nbytes: int) -> Budget:
+        """The same with a trunk of ``nbytes``."""
+        return replace(self, trunk=nbytes)
+
+    def holds(self, trunk: int) -> bool:
+        """Whether a trunk of so many bytes and all experts fit."""
+        return self.with_trunk(trunk).for_slots >= self.everything
+
+    def check(self, pack: Pack) -> None:
+        """Refuse what is below the smallest working set.
 
         Raises:
-            ResourceError: It is below the smallest working set; the message says the need.
+            ResourceError: The message says the need.
         """
-        least = self.fixed + self.smallest
-        if budget < least:
+        least = self.nbytes - self.for_slots + self.smallest
+        if self.nbytes < least:
             raise ResourceError(
                 "not enough memory for the smallest working set",
                 where=pack.folder,
                 wanted=f"{format_size(least)} ({format_size(self.process)} process, "
                 f"{format_size(self.trunk)} trunk, {format_size(self.work)} work space, "
                 f"{format_size(self.smallest)} experts)",
-                got=format_size(budget),
+                got=format_size(self.nbytes),
                 # Rounded up: the next process may be a little larger.
-                remedy=f"give --ram {-(-least // _STEP) * _STEP >> 20}MiB or more",
+                remedy=f"give --ram {-(-least // _STEP) * (_STEP >> 20)}MiB or more",
             )
 
 

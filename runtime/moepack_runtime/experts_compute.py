@@ -59,6 +59,7 @@ class ExpertsCompute:
         needed = [e for e in torch.unique(chosen).tolist() if 0 <= e < self._adapter.num_experts]
         self._announce(top_k_index, needed)
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
+        self._residency.make_room(self._work_nbytes(tokens, choices))
         outputs = hidden.new_zeros(tokens * choices, hidden.shape[-1], dtype=dtype)
         weights = top_k_weights.reshape(-1, 1)
         for expert, record in self._residency.fetch(self._layer, needed):
@@ -68,6 +69,16 @@ class ExpertsCompute:
             y = self._engine.expert(record, spec, self._adapter, x)
             outputs[places] = y * weights[places]
         return outputs.view(tokens, choices, -1).sum(dim=1).to(hidden.dtype)
+
+    def _work_nbytes(self, tokens: int, choices: int) -> int:
+        """Memory that several tokens take.
+
+        An expert as dense float32, every output twice, and what the layer around has of that size.
+        """
+        hidden, width = self._adapter.hidden_size, self._adapter.intermediate_size
+        dense = max(at.spec.parameters for at in self._records)
+        rows = tokens * (2 * choices * hidden + 6 * hidden + 3 * width)
+        return 4 * (dense + rows)
 
     def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
         if self._layer == 0:

@@ -8,6 +8,7 @@ without this plug-in it refuses a pack instead of running it on random experts.
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,11 +29,11 @@ from .hub.cache import complete_snapshot
 from .kernels import select
 from .options import current_options
 from .pack_config import MODEL_TYPE
-from .packed_modules import swap_modules
+from .packed_modules import leave_embeddings, swap_modules
 from .prefetch import Speculator
-from .residency import Residency, open_residency
+from .residency import Residency, open_budget, open_residency
 from .statistics import Statistics
-from .trunk import check_fits, check_trunk, trunk_nbytes
+from .trunk import check_fits, check_trunk, copy_out_of_files, trunk_nbytes
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ class PackRuntime:
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
         engine: Computes with packed weights.
+        left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PackRuntime:
         dtype: torch.dtype,
     ) -> None:
         self.pack, self.stats = pack, Statistics()
+        self.left_in_file: list[str] = []
         options = current_options()
         adapters = find_experts(model)
         _check_layers(model, pack, adapters)
@@ -65,8 +68,11 @@ class PackRuntime:
         self.engine = select(options.engine, options.activations, options.threads)
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
+        budget = open_budget(pack, options)
+        if not budget.holds(trunk_nbytes(model, dtype)):
+            self.left_in_file = leave_embeddings(model, pack)
         self.residency: Residency = open_residency(
-            pack, options, trunk_nbytes(model, dtype), self.stats
+            pack, options, budget.with_trunk(trunk_nbytes(model, dtype)), self.stats
         )
         self.speculator = (
             Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
@@ -148,11 +154,22 @@ class MoepackQuantizer(HfQuantizer):
             pack.close()
             raise
         _untie_packed(model, pack)
+        if runtime.left_in_file:
+            # Names for patterns, and on this model alone: the class serves others too.
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            names = [re.escape(name) for name in runtime.left_in_file]
+            cast(Any, model)._keys_to_ignore_on_load_unexpected = {*known, *names}
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        copy_out_of_files(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:

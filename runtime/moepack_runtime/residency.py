@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moepack_formats.pack import Pack
 
-from .budget import OVERHEAD_NBYTES, MemoryLimit, Needs
+from .budget import OVERHEAD_NBYTES, Budget, MemoryLimit
 from .mapped import MappedRecords
 from .memory import default_budget, own_nbytes
 from .options import RuntimeOptions
@@ -49,36 +49,36 @@ class Residency(Protocol):
         """End threads and let go of memory."""
 
 
+def open_budget(pack: Pack, options: RuntimeOptions) -> Budget:
+    """What a process may take that runs a pack, and what it needs besides the trunk."""
+    sizes = record_sizes(pack)
+    return Budget(
+        nbytes=default_budget() if options.ram is None else options.ram,
+        process=own_nbytes() + OVERHEAD_NBYTES,
+        trunk=0,
+        work=SLACK,
+        smallest=sum(sizes),
+        everything=sum(nbytes * count for nbytes, count in sizes.items()),
+    )
+
+
 def open_residency(
-    pack: Pack, options: RuntimeOptions, trunk_nbytes: int, stats: Statistics
+    pack: Pack, options: RuntimeOptions, budget: Budget, stats: Statistics
 ) -> Residency:
     """Choose and open the residency for a pack.
 
     Args:
         pack: An open pack.
-        options: Budget and I/O mode.
-        trunk_nbytes: Memory that the trunk will take, in bytes.
+        options: I/O mode, policy, threads.
+        budget: What may be taken.
         stats: Where hits, misses and bytes are counted.
 
     Raises:
         ResourceError: The budget is below the smallest working set; the message says the need.
     """
-    sizes = record_sizes(pack)
-    needs = Needs(
-        process=own_nbytes() + OVERHEAD_NBYTES,
-        trunk=trunk_nbytes,
-        work=_dense_nbytes(pack) + SLACK,
-        smallest=sum(sizes),
-    )
-    budget = default_budget() if options.ram is None else options.ram
-    needs.check(budget, pack)
-    for_slots, limit = budget - needs.fixed, MemoryLimit(budget)
-    everything = sum(nbytes * count for nbytes, count in sizes.items())
-    if options.io == "mmap" or (options.io == "auto" and everything <= for_slots):
+    budget.check(pack)
+    limit = MemoryLimit(budget.nbytes)
+    fits = options.slots is None and budget.for_slots >= budget.everything
+    if options.io == "mmap" or (options.io == "auto" and fits):
         return MappedRecords(pack, stats, limit)
-    return SlotCache(pack, for_slots, options, stats, limit)
-
-
-def _dense_nbytes(pack: Pack) -> int:
-    """Bytes of the largest expert as dense float32, to which several tokens decode it."""
-    return 4 * max(at.spec.parameters for layer in pack.layers for at in layer)
+    return SlotCache(pack, budget.for_slots, options, stats, limit)

@@ -19,5 +19,5 @@ def import_caches() -> None:
     import transformers.utils
 
     # Only while this module is imported: what it asks later, it asks in its own namespace.
-    with mock.patch.object(transformers.utils, "is_hqq_available", lambda *_, **__: False):
+    with mock.patch.object(transformers.utils, "is_hqq_available", return_value=False):
         importlib.import_module(_CACHES)

@@ -7,7 +7,7 @@ Both get the same uniformly random tokens, never what they write themselves: gre
 itself, which flatters every cache. Rounds are interleaved and start with the files out of the page
 cache. The disk's ceiling is measured in each round, at the size of a record and with as many reads
 at a time as moepack makes. Without PACK and MODEL.gguf both are made first (16 GB of disk, some
-minutes). As root the limit is a control group and the read-ahead of the disk is 128 KiB, the kernel's
+minutes). As root the limit is a control group and the disk's read-ahead is 128 KiB, the kernel's
 usual one, which is llama.cpp's fair case; otherwise what could not be set is said.
 """
 

@@ -12,7 +12,7 @@ from moepack_runtime import budget, cgroups, memory, residency, slot_cache
 from moepack_runtime.budget import OVERHEAD_NBYTES, MemoryLimit
 from moepack_runtime.mapped import MappedRecords
 from moepack_runtime.options import RuntimeOptions
-from moepack_runtime.residency import open_residency
+from moepack_runtime.residency import Residency, open_budget, open_residency
 from moepack_runtime.slot_cache import SLACK, SlotCache
 from moepack_runtime.statistics import Statistics
 from tests.runtime.fake_pack import EXPERTS, LAYERS, SMALL, check_invariants, opened
@@ -50,6 +50,11 @@ def test_a_group_limits_what_is_available(monkeypatch: pytest.MonkeyPatch) -> No
         assert memory.available_nbytes() == wanted or wanted is None
 
 
+def opened_residency(pack: Pack, options: RuntimeOptions) -> Residency:
+    found = open_budget(pack, options).with_trunk(TRUNK)
+    return open_residency(pack, options, found, Statistics())
+
+
 @pytest.mark.parametrize("slots", [1, 2, 7, 24, 100])
 def test_slots_are_what_the_budget_leaves(
     pack: Path, monkeypatch: pytest.MonkeyPatch, slots: int
@@ -59,15 +64,14 @@ def test_slots_are_what_the_budget_leaves(
         monkeypatch.setattr(module, "own_nbytes", lambda: OWN)
     with Pack(pack) as opened_pack:
         (size,) = slot_cache.record_sizes(opened_pack)
-        dense = 4 * opened_pack.layers[0][0].spec.parameters
-        fixed = OWN + OVERHEAD_NBYTES + TRUNK + SLACK + dense
+        fixed = OWN + OVERHEAD_NBYTES + TRUNK + SLACK
         options = RuntimeOptions(io="direct", ram=fixed + slots * size + size // 2)
-        found = open_residency(opened_pack, options, TRUNK, Statistics())
+        found = opened_residency(opened_pack, options)
         assert isinstance(found, SlotCache)
         assert found.slots == min(slots, 24)
         found.close()
         with pytest.raises(ResourceError, match="smallest working set") as error:
-            open_residency(opened_pack, RuntimeOptions(ram=fixed + size - 1), TRUNK, Statistics())
+            opened_residency(opened_pack, RuntimeOptions(ram=fixed + size - 1))
         assert f"got {(fixed + size - 1) / 2**20:.1f} MiB" in str(error.value)
 
 

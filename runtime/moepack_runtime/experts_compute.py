@@ -105,16 +105,20 @@ class ExpertsCompute:
         x, weights = hidden[0].float().contiguous(), top_k_weights[0].float().contiguous()
         if len(places) < len(index):
             weights = weights[places]
-        outputs = None
+        outputs = whole = None
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]
             specs = [self._records[chosen[k]].spec for k in here]
             if len(here) == len(chosen):
-                return fused(x, data, specs, weights).to(hidden.dtype).unsqueeze(0)
+                # Not returned from here: the residency is to see the end of the use.
+                whole = fused(x, data, specs, weights)
+                continue
             if outputs is None:
                 outputs = x.new_empty(len(chosen), x.shape[0])  # [K, H]
             part = x.new_empty(len(here), x.shape[0])
             outputs[here] = fused(x, data, specs, weights[here], part)
+        if whole is not None:
+            return whole.to(hidden.dtype).unsqueeze(0)
         total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs)
         return total.to(hidden.dtype).unsqueeze(0)

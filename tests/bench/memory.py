@@ -263,6 +263,7 @@ def make_inputs(options: argparse.Namespace) -> None:
     if options.gguf is None and not options.alone:
         options.gguf = BUILD / "olmoe-Q2_K.gguf"
         if not options.gguf.exists():
+            BUILD.mkdir(parents=True, exist_ok=True)
             make = [sys.executable, here / "make_gguf.py", "Q2_K", "--out", options.gguf]
             subprocess.run(make, check=True)
 
@@ -279,9 +280,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--llama-tokens", type=int, default=16)
     parser.add_argument("--depth", type=int, default=3, help="reads at a time for the ceiling")
-    parser.add_argument("more", nargs=argparse.REMAINDER, help="-- options of memory_moepack.py")
+    parser.add_argument(
+        "--more", type=str.split, default=[], help='options of memory_moepack.py: "--prefetch 0"'
+    )
     options = parser.parse_args()
-    options.more = [word for word in options.more if word != "--"]
     make_inputs(options)
     limit = Limit(options.limit)
     with read_ahead(options.pack) as ahead:

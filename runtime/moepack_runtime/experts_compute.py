@@ -81,6 +81,8 @@ class ExpertsCompute:
         return 4 * (dense + rows)
 
     def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
+        # Before the next layer is guessed: what is needed now is read first.
+        self._residency.demand(self._layer, needed)
         if self._layer == 0:
             self._stats.tokens += len(top_k_index)
         if self._speculator is not None:

@@ -38,6 +38,9 @@ class MappedRecords:
         self._guard = Guard()
         self._checked: set[tuple[int, int]] = set()
 
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        """Nothing: the use itself reads; see :class:`Residency`."""
+
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
         for expert in experts:

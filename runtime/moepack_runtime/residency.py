@@ -20,6 +20,9 @@ from .statistics import Statistics
 class Residency(Protocol):
     """Brings records to where they are computed with."""
 
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        """Start reading what :meth:`fetch` will be asked for next, ahead of every guess."""
+
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(expert, record)`` for each of ``experts``, in the order they become ready.
 

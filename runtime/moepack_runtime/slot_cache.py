@@ -49,6 +49,8 @@ class _Entry:
     reading: Read
     guessed: bool
     pins: int = 0
+    missed: bool = False
+    """Whether its demand had to start the read and was not yet counted."""
 
 
 class _SizeClass:
@@ -127,6 +129,7 @@ class SlotCache:
     ) -> None:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, _Entry] = {}
+        self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
         sizes = record_sizes(pack)
         self._classes = {
             nbytes: _SizeClass(Arena(nbytes, slots, device, stream), sizes[nbytes], options.policy)
@@ -183,6 +186,25 @@ class SlotCache:
         size.park()
         return True
 
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        """See :class:`Residency`."""
+        keys = [(layer, expert) for expert in experts]
+        self._cancel_wrong_guesses(layer, set(keys))
+        self._forget_failures(keys)
+        self._wanted = set(keys)
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.guessed:
+                self._come_true(entry)
+        for key in keys:
+            if key not in self._entries:
+                size = self._class_of(key)
+                if size.demanded >= size.demanded_limit and not self._evict(size):
+                    return
+                if not size.free and not self._drop_staged(size, None):
+                    return
+                self._read_demanded(key, size).missed = True
+
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
         for records in self._turns(layer, experts, together=False):
@@ -201,10 +223,14 @@ class SlotCache:
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         self._forget_failures(keys)
-        ready = [self._demand_resident(key) for key in keys if key in self._entries]
+        ready = [self._pin(key) for key in keys if key in self._entries]
         missing = deque(key for key in keys if key not in self._entries)
-        self._stats.hits += len(ready)
-        self._stats.misses += len(missing)
+        started = sum(entry.missed for entry in ready)
+        self._stats.hits += len(ready) - started
+        self._stats.misses += len(missing) + started
+        for entry in ready:
+            entry.missed = False
+        self._wanted.difference_update(keys)
         pending = list(ready)
         try:
             while pending or missing:
@@ -256,21 +282,26 @@ class SlotCache:
     def _class_of(self, key: Key) -> _SizeClass:
         return self._classes[self._at(key).spec.nbytes]
 
-    def _demand_resident(self, key: Key) -> _Entry:
-        """Pin a resident record; a guess that came true becomes an ordinary one."""
-        entry, size = self._entries[key], self._class_of(key)
+    def _pin(self, key: Key) -> _Entry:
+        """Keep a resident record until its use is over."""
+        entry = self._entries[key]
         entry.pins += 1
         if entry.guessed:
-            entry.guessed = False
-            self._io.promote(entry.reading)
-            size.staged.remove(key)
-            self._count_in(entry, size)
-            self._stats.speculative_used += 1
-            if size.demanded > size.demanded_limit:
-                self._evict(size)
-        else:
-            size.policy.touch(key)
+            self._come_true(entry)
+        elif not entry.missed:
+            self._class_of(key).policy.touch(key)
         return entry
+
+    def _come_true(self, entry: _Entry) -> None:
+        """A guess was right: its record becomes an ordinary one, and its read a demand."""
+        size = self._class_of(entry.key)
+        entry.guessed = False
+        self._io.promote(entry.reading)
+        size.staged.remove(entry.key)
+        self._count_in(entry, size)
+        self._stats.speculative_used += 1
+        if size.demanded > size.demanded_limit:
+            self._evict(size)
 
     def _start(self, key: Key, pending: list[_Entry]) -> bool:
         """Begin reading a missing record if a slot can be had."""
@@ -290,11 +321,15 @@ class SlotCache:
                 if not guesses:
                     return False
                 self._io.wait(guesses)
-        entry = self._read(key, size.free.pop(), guessed=False)
+        entry = self._read_demanded(key, size)
         entry.pins += 1
-        self._count_in(entry, size)
         pending.append(entry)
         return True
+
+    def _read_demanded(self, key: Key, size: _SizeClass) -> _Entry:
+        entry = self._read(key, size.free.pop(), guessed=False)
+        self._count_in(entry, size)
+        return entry
 
     def _is_left(self, entry: _Entry, size: _SizeClass) -> bool:
         unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done
@@ -352,7 +387,7 @@ class SlotCache:
 
         def usable(key: Key) -> bool:
             entry = self._entries[key]
-            return entry.pins == 0 and entry.reading.done
+            return entry.pins == 0 and entry.reading.done and key not in self._wanted
 
         victim = size.policy.victim(usable)
         if victim is None:

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--ram", type=parse_size)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--io", default="auto")
+    parser.add_argument("--io-threads", type=int)
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--prefetch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -81,6 +82,7 @@ def main() -> None:
         ram=options.ram,
         slots=options.slots,
         io=options.io,
+        io_threads=options.io_threads,
         policy=options.policy,
         prefetch=bool(options.prefetch),
         threads=options.threads,

@@ -20,6 +20,7 @@ import math
 import mmap
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -284,6 +285,8 @@ def main() -> None:
         "--more", type=str.split, default=[], help='options of memory_moepack.py: "--prefetch 0"'
     )
     options = parser.parse_args()
+    # Ended from outside, the disk's setting and the control group are still put back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     make_inputs(options)
     limit = Limit(options.limit)
     with read_ahead(options.pack) as ahead:

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     ids = json.loads(options.ids)
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    silence = llama_cpp.llama_log_callback(lambda *_: None)  # must outlive its use
+    llama_cpp.llama_log_set(silence, None)
     llama_cpp.llama_backend_init()
     how = llama_cpp.llama_model_default_params()
     how.n_gpu_layers, how.use_extra_bufts = 0, False

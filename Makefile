@@ -9,8 +9,8 @@ MOEPACK := $(VENV)/bin/moepack
 
 TINY := tests/assets/tiny-moe
 DEMO_PACK := build/demo/tiny-moe-pack
-# Memory for trunk, work space and a part of the 48 experts, so that records really stream in.
-DEMO_RAM ?= 11MiB
+# A part of the 48 experts, so that records really stream in.
+DEMO_SLOTS ?= 20
 PROMPT ?= And the king said unto
 
 # What `make bench-convert` converts; SHAPE=olmoe-1b-7b LAYERS=16 is the whole 13.8 GB model.
@@ -73,7 +73,7 @@ demo: $(STAMP)  ## convert the small model in tests/assets and stream text from 
 	@$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force
 	@printf '\n%s' "$(PROMPT)"
 	@$(MOEPACK) generate $(DEMO_PACK) --prompt "$(PROMPT)" --greedy --max-new-tokens 80 \
-		--ram $(DEMO_RAM)
+		--slots $(DEMO_SLOTS)
 
 test: $(STAMP)  ## run the tests (all but the slow ones and those that need a GPU)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not gpu" $(TESTFLAGS)

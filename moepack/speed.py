@@ -195,11 +195,11 @@ def packed_nbytes_per_token(model: Any, demands_per_token: float) -> float:
     """
     from moepack_runtime.packed_modules import PackedLinear, TiedHead
 
-    trunk = sum(
-        (module.source if isinstance(module, TiedHead) else module).packed.numel()
-        for module in model.modules()
-        if isinstance(module, (PackedLinear, TiedHead))
-    )
+    trunk = 0
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, TiedHead)):
+            source = module.source if isinstance(module, TiedHead) else module
+            trunk += 0 if source.packed is None else source.packed.numel()
     records = [at.spec.payload_nbytes for layer in model.moepack.pack.layers for at in layer]
     return float(trunk + demands_per_token * statistics.mean(records))
 

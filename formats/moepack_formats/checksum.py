@@ -21,6 +21,21 @@ def xxh3(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def xxh3_of_range(descriptor: int, start: int, nbytes: int, where: object) -> str:
+    """xxh3-128 of a part of an open file, a piece in memory at a time.
+
+    Raises:
+        ResourceError: The file ends early, or the read failed.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(_CHUNK, nbytes)))
+    for done in range(0, nbytes, _CHUNK):
+        chunk = buffer[: min(_CHUNK, nbytes - done)]
+        osio.read_at(descriptor, chunk, start + done, where)
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def check_hex(digest: str, chars: int, where: object) -> None:
     """Refuse what cannot be a digest.
 

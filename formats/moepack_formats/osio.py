@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -66,8 +67,18 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_at(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+def read_at(
+    descriptor: int, buffer: memoryview, offset: int, where: object, *, align: int = 1
+) -> None:
     """Fill ``buffer`` from ``offset`` of a file.
+
+    Args:
+        descriptor: Of the file.
+        buffer: What to fill.
+        offset: First byte in the file.
+        where: Named in errors.
+        align: After a short read, reading goes on at a multiple of this many bytes, as direct
+            reads need; ``buffer`` and ``offset`` are aligned to it.
 
     Raises:
         ResourceError: The file ends early (it was truncated while open) or the read failed.
@@ -76,15 +87,18 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, where: object) -> 
     while done < len(buffer):
         with io_errors(where):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if count == 0:
+        after = done + count
+        if after < len(buffer):
+            after -= after % align
+        if after == done:
             raise ResourceError(
                 "the file ended early: it was truncated while in use",
                 where=where,
                 wanted=f"{len(buffer)} bytes at {offset}",
-                got=done,
+                got=done + count,
                 remedy="restore the file and run it again",
             )
-        done += count
+        done = after
 
 
 def read_bytes(descriptor: int, offset: int, nbytes: int, where: object) -> bytes:
@@ -92,6 +106,30 @@ def read_bytes(descriptor: int, offset: int, nbytes: int, where: object) -> byte
     buffer = bytearray(nbytes)
     read_at(descriptor, memoryview(buffer), offset, where)
     return bytes(buffer)
+
+
+def set_direct(descriptor: int, direct: bool) -> bool:
+    """Read past the page cache from now on, or through it.
+
+    Without direct reads the kernel is told that access is random: reading ahead would fetch
+    neighbours that nobody asked for.
+
+    Returns:
+        Whether reads are direct now: not every system and file system can.
+    """
+    flag: int = getattr(os, "O_DIRECT", 0)
+    if direct and flag:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | flag)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    if flag:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~flag)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return False
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

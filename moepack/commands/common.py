@@ -103,14 +103,21 @@ def runtime_options(function: F) -> F:
             type=click.Choice(IO_MODES),
             default="auto",
             show_default=True,
-            help="How records are read; auto maps the files when the whole pack fits.",
+            help="How records are read; auto maps the files when the whole pack fits and reads "
+            "them past the page cache otherwise.",
+        ),
+        click.option(
+            "--slots",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Keep at most N experts in memory [default: as many as --ram allows].",
         ),
         click.option("--revision", help="Branch, tag or commit of a Hub id."),
         click.option(
             "--ram",
             type=parse_size,
             metavar="SIZE",
-            help="Memory for trunk and experts, as 6GiB [default: a safe share of what is free].",
+            help="Memory for the whole process, as 6GiB [default: a safe share of what is free].",
         ),
     ):
         function = option(function)
@@ -146,6 +153,7 @@ def load(
     *,
     revision: str | None,
     ram: int | None,
+    slots: int | None,
     io: str,
     prefetch: bool,
     policy: str,
@@ -168,6 +176,9 @@ def load(
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from moepack_runtime.without_hqq import import_caches
+
+    import_caches()
     from moepack_runtime.loading import load_pack
     from moepack_runtime.trace import most_used, read_trace
 
@@ -180,6 +191,7 @@ def load(
         pack,
         revision=revision,
         ram=ram,
+        slots=slots,
         io=io,
         prefetch=prefetch,
         policy=policy,

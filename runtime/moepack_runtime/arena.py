@@ -35,8 +35,11 @@ class Arena:
         self.slot_nbytes, self.slots = slot_nbytes, slots
         self.device, self.stream = torch.device(device), stream
         try:
-            # Anonymous mappings start at a page, as direct reads need.
-            self._memory = mmap.mmap(-1, max(slots * slot_nbytes, 1))
+            # Anonymous mappings start at a page, as direct reads need. Private, because shared
+            # ones are files to the kernel: without huge pages, and not given back by DONTNEED.
+            self._memory = mmap.mmap(
+                -1, max(slots * slot_nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
             # A token reads megabytes from slots all over: with pages of 4 KiB, the lookups of
             # their addresses cost a tenth of the bandwidth.
             if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -56,3 +59,8 @@ class Arena:
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes, for reading into."""
         return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
+
+    def give_back(self, slot: int) -> None:
+        """Return a slot's memory to the system; the next write to it takes memory again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, slot * self.slot_nbytes, self.slot_nbytes)

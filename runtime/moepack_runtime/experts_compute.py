@@ -99,6 +99,7 @@ class ExpertsCompute:
         """Any number of tokens and any activation."""
         tokens, choices = top_k_weights.shape
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
+        self._residency.make_room(self._work_nbytes(tokens, choices))
         outputs = hidden.new_zeros(tokens * choices, hidden.shape[-1], dtype=dtype)
         weights = top_k_weights.reshape(-1, 1)
         for expert, record in self._residency.fetch(self._layer, list(places)):
@@ -117,6 +118,7 @@ class ExpertsCompute:
     ) -> Tensor:
         """Each expert in one call with all of its tokens."""
         tokens, choices = top_k_weights.shape
+        self._residency.make_room(self._work_nbytes(tokens, choices))
         x, weights = hidden.float().contiguous(), top_k_weights.float().reshape(-1)
         filled = sum(map(len, places.values())) == tokens * choices
         make = torch.empty if filled else torch.zeros
@@ -140,12 +142,28 @@ class ExpertsCompute:
         return self._native
 
     def settle(self) -> None:
-        """Count what a tape has computed here by itself."""
+        """Count what a tape has computed here by itself, and see that it was sound.
+
+        Raises:
+            ResourceError: A record was not there any more when it was read.
+        """
         if self._native is None or not self._native.demanded:
             return
         self._stats.hits += self._native.demanded
-        self._stats.tokens += self._layer == 0
         self._native.demanded = 0
+        if self._layer == 0:
+            self._stats.tokens += 1
+            self._residency.check()
+
+    def _work_nbytes(self, tokens: int, choices: int) -> int:
+        """Memory that several tokens take.
+
+        An expert as dense float32, every output twice, and what the layer around has of that size.
+        """
+        hidden, width = self._adapter.hidden_size, self._adapter.intermediate_size
+        dense = max(at.spec.parameters for at in self._records)
+        rows = tokens * (2 * choices * hidden + 6 * hidden + 3 * width)
+        return 4 * (dense + rows)
 
     def _announce(
         self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
@@ -158,6 +176,8 @@ class ExpertsCompute:
             needed: The experts in it.
             weights: The weight of each of them, the mean over the tokens.
         """
+        # Before the next layer is guessed: what is needed now is read first.
+        self._residency.demand(self._layer, needed)
         if self._layer == 0:
             self._stats.tokens += len(top_k_index)
         if self._bias is not None:
@@ -188,20 +208,24 @@ class ExpertsCompute:
             weights = weights[places]
         of_expert = dict(zip(chosen, weights.tolist(), strict=True))
         self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
-        outputs = None
         if self._table is not None:
             for expert in needed:
                 self._table[expert] = self._residency.address(self._layer, expert)
+        outputs = whole = None
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]
             specs = [self._records[chosen[k]].spec for k in here]
             if len(here) == len(chosen):
-                return fused(x, data, specs, weights).to(hidden.dtype).unsqueeze(0)
+                # Not returned from here: the residency is to see the end of the use.
+                whole = fused(x, data, specs, weights)
+                continue
             if outputs is None:
                 outputs = x.new_empty(len(chosen), x.shape[0])  # [K, H]
             part = x.new_empty(len(here), x.shape[0])
             outputs[here] = fused(x, data, specs, weights[here], part)
+        if whole is not None:
+            return whole.to(hidden.dtype).unsqueeze(0)
         total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs.unsqueeze(0))[0]
         return total.to(hidden.dtype).unsqueeze(0)
 

@@ -1,26 +1,39 @@
-"""How much memory there is, and how much a pack needs at least."""
+"""How much memory there is, and how much this process has taken."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from . import cgroups
 
 SAFE_SHARE = 0.7
 """Share of the free memory that is used when the user names no budget."""
 
+_PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
 
 def available_nbytes() -> int:
-    """Bytes that a process may take now: what the machine has free, within its cgroup's limit."""
-    free = _machine_available()
-    limit = _read_number(Path("/sys/fs/cgroup/memory.max"))
-    used = _read_number(Path("/sys/fs/cgroup/memory.current"))
-    if limit is not None and used is not None:
-        free = min(free, max(limit - used, 0))
-    return free
+    """Bytes that may be taken now: what the machine has free, within the limits of cgroups."""
+    free, allowed = _machine_available(), cgroups.available_nbytes()
+    return free if allowed is None else min(free, allowed)
+
+
+def own_nbytes() -> int:
+    """Bytes of memory that this process holds and that are not pages of files.
+
+    Pages of files (code, mapped weights) are left out: the kernel takes them back when it must.
+    """
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    except (OSError, ValueError):  # not Linux
+        return 0
+    return (int(resident) - int(shared)) * _PAGE_NBYTES
 
 
 def default_budget() -> int:
-    """Bytes for a pack when the user names no budget."""
-    return int(available_nbytes() * SAFE_SHARE)
+    """Bytes for the whole process when the user names no budget."""
+    return own_nbytes() + int(available_nbytes() * SAFE_SHARE)
 
 
 def _machine_available() -> int:
@@ -29,10 +42,3 @@ def _machine_available() -> int:
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
     return 0
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such controller, or "max"
-        return None

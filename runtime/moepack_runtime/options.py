@@ -13,7 +13,7 @@ from moepack_formats.errors import UsageError
 
 from .policies import Key, check_runnable
 
-IO_MODES = ("auto", "buffered", "mmap")
+IO_MODES = ("auto", "direct", "buffered", "mmap")
 ENGINES = ("auto", "native", "reference")
 ACTIVATIONS = ("int8", "float")
 SCOPES = ("global", "layer")
@@ -27,10 +27,12 @@ class RuntimeOptions:
     """How a pack is run.
 
     Attributes:
-        ram: Bytes for the trunk, the expert slots and the work space; None for a safe share of
-            what is free.
-        io: ``buffered`` reads records into slots; ``mmap`` computes from mapped files; ``auto``
-            maps when the whole pack fits in the budget.
+        ram: Bytes for everything that the process takes (interpreter and libraries, trunk, expert
+            slots, context); None for a safe share of what is free.
+        slots: The most expert slots, whatever ``ram`` allows; None for as many as fit.
+        io: ``direct`` reads records into slots past the page cache, ``buffered`` through it;
+            ``mmap`` computes from mapped files; ``auto`` maps when the whole pack fits in the
+            budget and reads directly otherwise.
         prefetch: Whether the next layer's experts are guessed and read early.
         policy: Which cached expert gives way: a file in ``policies``.
         scope: ``global`` when all layers share the slots, ``layer`` when each has an equal part.
@@ -38,7 +40,7 @@ class RuntimeOptions:
             of the slots. :func:`moepack_runtime.trace.most_used` finds them in a trace.
         cache_bias: How much routing is nudged towards resident experts, as a share of the spread
             of a token's router scores; not 0 changes what the model says.
-        io_threads: Threads that read.
+        io_threads: Threads that read; None for as many as the disk was measured to need.
         engine: What computes with packed weights: ``native``, ``reference``, or ``auto`` for
             native where it was built.
         activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
@@ -48,13 +50,14 @@ class RuntimeOptions:
     """
 
     ram: int | None = None
+    slots: int | None = None
     io: str = "auto"
     prefetch: bool = True
     policy: str = "lfu"
     scope: str = "global"
     pins: tuple[Key, ...] = ()
     cache_bias: float = 0.0
-    io_threads: int = 2
+    io_threads: int | None = None
     engine: str = "auto"
     activations: str = "int8"
     threads: int | None = None
@@ -63,10 +66,13 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:
             raise UsageError("unknown I/O mode", wanted=" or ".join(IO_MODES), got=self.io)
-        if self.threads is not None and self.threads < 1:
-            raise UsageError("too few threads", wanted="1 or more", got=self.threads)
-        if self.io_threads < 1:
-            raise UsageError("too few I/O threads", wanted="1 or more", got=self.io_threads)
+        for what, number in (
+            ("threads", self.threads),
+            ("I/O threads", self.io_threads),
+            ("slots", self.slots),
+        ):
+            if number is not None and number < 1:
+                raise UsageError(f"too few {what}", wanted="1 or more", got=number)
         for name, value, known in (
             ("engine", self.engine, ENGINES),
             ("activations", self.activations, ACTIVATIONS),

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from moepack_formats.errors import FormatError
 from moepack_formats.manifest import PackedEntry
+from moepack_formats.pack import Pack
 from moepack_formats.schemes import TILE_ROWS, get_scheme
 
 from .kernels import Engine
+from .tile_file import TileFile
 
 
 class PackedLinear(nn.Module):
@@ -56,10 +58,10 @@ class PackedEmbedding(nn.Module):
     """An Embedding whose rows are tiles of codes; only the asked tiles are decoded.
 
     Attributes:
-        packed: ``[packed bytes]`` uint8.
+        packed: ``[packed bytes]`` uint8; None when they stay in the pack's file.
     """
 
-    packed: Tensor
+    packed: Tensor | None
 
     def __init__(
         self, entry: PackedEntry, embedding: nn.Embedding, dtype: torch.dtype, engine: Engine
@@ -71,6 +73,11 @@ class PackedEmbedding(nn.Module):
         self.scheme, self.dtype = get_scheme(entry.scheme), dtype
         nbytes = self.scheme.packed_nbytes(*entry.shape)
         self.register_buffer("packed", torch.empty(nbytes, dtype=torch.uint8))
+        self._file: TileFile | None = None
+
+    def leave_in_file(self, file: TileFile) -> None:
+        """Read the tiles of each token from the file instead of keeping all in memory."""
+        self.packed, self._file = None, file
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,8 +87,13 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
         wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
-        rows = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
-        return rows[place * TILE_ROWS + ids % TILE_ROWS]
+        if self.packed is None:
+            assert self._file is not None  # one of the two is there
+            rows, read = len(wanted) * TILE_ROWS, self._file.read(wanted.tolist())
+            tiles = self.engine.decode(read, self.scheme, (rows, self.embedding_dim), self.dtype)
+        else:
+            tiles = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
+        return tiles[place * TILE_ROWS + ids % TILE_ROWS]
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -104,6 +116,7 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., embedding_dim]`` to logits ``[..., num_embeddings]``."""
         source = self.source
+        assert source.packed is not None  # a head needs all of it, so it stays in memory
         return source.engine.linear(x, source.packed, source.scheme, source.shape, self.bias)
 
 
@@ -145,6 +158,27 @@ def swap_modules(
             parent_name, _, leaf = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, TiedHead(embedding, getattr(parent, leaf).bias))
+
+
+def leave_embeddings(model: nn.Module, pack: Pack) -> list[str]:
+    """Keep packed embeddings that no head reads out of memory.
+
+    Args:
+        model: On the meta device, with packed modules in place.
+        pack: Its pack.
+
+    Returns:
+        Names of the tensors that need not be loaded.
+    """
+    tied = {entry.tied_to for entry in pack.manifest.packed.values()}
+    left = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedEmbedding) and name not in tied:
+            tensor = f"{name}.packed"
+            tile_nbytes = module.scheme.tile_nbytes(module.embedding_dim)
+            module.leave_in_file(TileFile(pack, tensor, tile_nbytes))
+            left.append(tensor)
+    return left
 
 
 def _replaced(model: nn.Module, name: str, entry: PackedEntry) -> nn.Module:

@@ -8,6 +8,7 @@ without this plug-in it refuses a pack instead of running it on random experts.
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,12 +31,12 @@ from .kernels import select
 from .kernels.native_engine import NativeEngine
 from .options import current_options
 from .pack_config import MODEL_TYPE
-from .packed_modules import swap_modules
+from .packed_modules import leave_embeddings, swap_modules
 from .policies import Key
 from .prefetch import Speculator
-from .residency import Residency, open_residency
+from .residency import Residency, open_budget, open_residency
 from .statistics import Statistics
-from .trunk import check_fits, check_trunk, trunk_nbytes
+from .trunk import check_fits, check_trunk, copy_out_of_files, trunk_nbytes
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
@@ -56,6 +57,7 @@ class PackRuntime:
         adapters: The experts modules, without their weights.
         layers: What each of them computes with.
         tape: Plays tokens; None where nothing is recorded.
+        left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class PackRuntime:
     ) -> None:
         self.pack, self.stats = pack, Statistics()
         self.tape: TapeForward | None = None
+        self.left_in_file: list[str] = []
         options = current_options()
         self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
@@ -76,8 +79,11 @@ class PackRuntime:
         self.engine = select(options.engine, options.activations, options.threads)
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
+        budget = open_budget(pack, options)
+        if not budget.holds(trunk_nbytes(model, dtype)):
+            self.left_in_file = leave_embeddings(model, pack)
         self.residency: Residency = open_residency(
-            pack, options, trunk_nbytes(model, dtype), self.stats
+            pack, options, budget.with_trunk(trunk_nbytes(model, dtype)), self.stats
         )
         self.layers: list[ExpertsCompute] = []
         shared = adapters, self.residency, self.stats
@@ -172,12 +178,23 @@ class MoepackQuantizer(HfQuantizer):
             pack.close()
             raise
         _untie_packed(model, pack)
+        if runtime.left_in_file:
+            # Names for patterns, and on this model alone: the class serves others too.
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            names = [re.escape(name) for name in runtime.left_in_file]
+            cast(Any, model)._keys_to_ignore_on_load_unexpected = {*known, *names}
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
         runtime.record_decoding(model)
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        copy_out_of_files(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:

@@ -7,18 +7,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
 
+from .budget import OVERHEAD_NBYTES, Budget, MemoryLimit
 from .mapped import MappedRecords
-from .memory import default_budget
-from .options import RuntimeOptions, format_size
-from .slot_cache import SlotCache, record_sizes
+from .memory import default_budget, own_nbytes
+from .options import RuntimeOptions
+from .slot_cache import SLACK, SlotCache, record_sizes
 from .statistics import Statistics
 
 
 class Residency(Protocol):
     """Brings records to where they are computed with."""
+
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        """Start reading what :meth:`fetch` will be asked for next, ahead of every guess."""
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(expert, record)`` for each of ``experts``, in the order they become ready.
@@ -44,6 +47,20 @@ class Residency(Protocol):
     def resident(self, layer: int) -> list[int]:
         """The experts of a layer that need no reading, or are being read already."""
 
+    def make_room(self, nbytes: int) -> None:
+        """The caller is about to take this much memory for itself.
+
+        Raises:
+            ResourceError: The budget does not allow it.
+        """
+
+    def check(self) -> None:
+        """See that what :meth:`address` has named was still there when it was read.
+
+        Raises:
+            ResourceError: It was not; names layer and expert.
+        """
+
     def describe(self) -> str:
         """One line for a person: mode and capacity."""
 
@@ -51,46 +68,36 @@ class Residency(Protocol):
         """End threads and let go of memory."""
 
 
+def open_budget(pack: Pack, options: RuntimeOptions) -> Budget:
+    """What a process may take that runs a pack, and what it needs besides the trunk."""
+    sizes = record_sizes(pack)
+    return Budget(
+        nbytes=default_budget() if options.ram is None else options.ram,
+        process=own_nbytes() + OVERHEAD_NBYTES,
+        trunk=0,
+        work=SLACK,
+        smallest=sum(sizes),
+        everything=sum(nbytes * count for nbytes, count in sizes.items()),
+    )
+
+
 def open_residency(
-    pack: Pack, options: RuntimeOptions, trunk_nbytes: int, stats: Statistics
+    pack: Pack, options: RuntimeOptions, budget: Budget, stats: Statistics
 ) -> Residency:
     """Choose and open the residency for a pack.
 
     Args:
         pack: An open pack.
-        options: Budget and I/O mode.
-        trunk_nbytes: Memory that the trunk takes, in bytes.
+        options: I/O mode, policy, threads.
+        budget: What may be taken.
         stats: Where hits, misses and bytes are counted.
 
     Raises:
         ResourceError: The budget is below the smallest working set; the message says the need.
     """
-    sizes = record_sizes(pack)
-    work = _work_nbytes(pack)
-    fixed = fixed_nbytes(pack, trunk_nbytes)
-    smallest = fixed + sum(sizes)
-    budget = default_budget() if options.ram is None else options.ram
-    if budget < smallest:
-        raise ResourceError(
-            "not enough memory for the smallest working set",
-            where=pack.folder,
-            wanted=f"{format_size(smallest)} ({format_size(trunk_nbytes)} trunk, "
-            f"{format_size(work)} work space, {format_size(sum(sizes))} experts)",
-            got=format_size(budget),
-            remedy=f"give --ram {smallest} or more",
-        )
-    for_slots = budget - fixed
-    everything = sum(nbytes * count for nbytes, count in sizes.items())
-    if options.io == "mmap" or (options.io == "auto" and everything <= for_slots):
-        return MappedRecords(pack, stats)
-    return SlotCache(pack, for_slots, options, stats)
-
-
-def fixed_nbytes(pack: Pack, trunk_nbytes: int) -> int:
-    """Bytes of a budget that are not for slots."""
-    return trunk_nbytes + _work_nbytes(pack)
-
-
-def _work_nbytes(pack: Pack) -> int:
-    """Bytes of the largest expert as dense float32, which the reference path decodes it to."""
-    return 4 * max(at.spec.parameters for layer in pack.layers for at in layer)
+    budget.check(pack)
+    limit = MemoryLimit(budget.nbytes)
+    fits = options.slots is None and budget.for_slots >= budget.everything
+    if options.io == "mmap" or (options.io == "auto" and fits):
+        return MappedRecords(pack, stats, limit)
+    return SlotCache(pack, budget.for_slots, options, stats, limit)

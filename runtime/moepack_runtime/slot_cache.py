@@ -9,24 +9,29 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from moepack_formats import osio
 from moepack_formats.errors import ResourceError
 from moepack_formats.layer import RecordLocation
-from moepack_formats.pack import Pack, check_record
+from moepack_formats.pack import Pack
 
 from .arena import Arena
+from .budget import MemoryLimit
 from .cache_policy import make_policy
-from .io_pool import DEMAND, SPECULATION, IoPool
+from .calibrate import io_threads
+from .io_pool import DEMAND, SPECULATION, IoPool, Read
 from .options import RuntimeOptions, format_size
 from .policies import Key, Observing
+from .record_reader import RecordReader
 from .slot_shares import reserved_slots
 from .statistics import Statistics
+
+SLACK = 16 << 20
+"""Bytes left free for what a token may take before the next look at the process's memory."""
 
 
 def record_sizes(pack: Pack) -> dict[int, int]:
@@ -40,19 +45,31 @@ class _Entry:
 
     key: Key
     slot: int
-    reading: Future[None]
+    reading: Read
     guessed: bool
     pins: int = 0
+    missed: bool = False
+    """Whether its demand had to start the read and was not yet counted."""
 
 
 class _SizeClass:
-    """Slots and policy for the records of one size."""
+    """Slots and policy for the records of one size.
+
+    Attributes:
+        arena: The slots' memory.
+        free: Slots without a record.
+        parked: Slots whose memory was given back to the system.
+        untouched: Slots that are not parked and whose memory was never taken.
+        staged: Guesses that were not demanded yet, oldest first.
+        demanded: Number of slots with demanded records.
+    """
 
     def __init__(self, arena: Arena, records: list[Key], options: RuntimeOptions) -> None:
-        self.arena, slots = arena, arena.slots
-        self.free = list(range(slots))
+        self.arena, self._records, self._prefetch = arena, len(records), options.prefetch
+        self.free = list(range(arena.slots))
+        self.parked: list[int] = []
+        self.untouched = set(self.free)
         self.staged: deque[Key] = deque()
-        self.reserved = reserved_slots(slots, len(records), prefetch=options.prefetch)
         self.demanded = 0
         self.policy = make_policy(
             options.policy,
@@ -63,9 +80,32 @@ class _SizeClass:
         )
 
     @property
+    def slots(self) -> int:
+        """Slots that may be filled."""
+        return self.arena.slots - len(self.parked)
+
+    @property
     def demanded_limit(self) -> int:
         """Slots that demanded experts may fill; the others wait for guesses."""
-        return self.arena.slots - self.reserved
+        return self.slots - reserved_slots(self.slots, self._records, prefetch=self._prefetch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot."""
+        return self.arena.slot_nbytes
+
+    def park(self) -> None:
+        """Give a free slot's memory back."""
+        slot = self.free.pop()
+        self.arena.give_back(slot)
+        self.untouched.discard(slot)
+        self.parked.append(slot)
+
+    def unpark(self) -> None:
+        """Use a parked slot again."""
+        slot = self.parked.pop()
+        self.untouched.add(slot)
+        self.free.append(slot)
 
 
 class SlotCache:
@@ -74,8 +114,9 @@ class SlotCache:
     Args:
         pack: An open pack.
         budget: Bytes for all slots; at least one slot of each record size.
-        options: Policy and I/O threads.
+        options: Policy, I/O mode and threads, and the most slots.
         stats: Where hits, misses and bytes are counted.
+        limit: What slots give way to.
         device: Where the slots are.
         stream: The stream that fills them; None on the CPU.
     """
@@ -86,37 +127,91 @@ class SlotCache:
         budget: int,
         options: RuntimeOptions,
         stats: Statistics,
+        limit: MemoryLimit | None = None,
         device: torch.device | str = "cpu",
         stream: object | None = None,
     ) -> None:
-        self._pack, self._stats = pack, stats
+        self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, _Entry] = {}
+        self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
+        sizes = record_sizes(pack)
         self._classes = {
             nbytes: _SizeClass(
                 Arena(nbytes, slots, device, stream), _records_of_size(pack, nbytes), options
             )
-            for nbytes, slots in divide_budget(budget, record_sizes(pack)).items()
+            for nbytes, slots in divide_budget(budget, sizes, options.slots).items()
         }
         policies = [size.policy for size in self._classes.values()]
         self._observers = [policy for policy in policies if isinstance(policy, Observing)]
-        self._io = IoPool(options.io_threads)
+        self._reader = RecordReader(pack, direct=options.io != "buffered")
+        self._threads = options.io_threads or io_threads(pack, self._reader)
+        self._io = IoPool(self._threads)
 
     @property
     def slots(self) -> int:
         """Slots of all sizes."""
-        return sum(size.arena.slots for size in self._classes.values())
+        return sum(size.slots for size in self._classes.values())
 
     def describe(self) -> str:
         """See :class:`Residency`."""
         total = sum(len(layer) for layer in self._pack.layers)
-        size = sum(c.arena.slots * c.arena.slot_nbytes for c in self._classes.values())
-        return f"{self.slots} of {total} experts fit in {format_size(size)} of slots"
+        nbytes = sum(size.slots * size.nbytes for size in self._classes.values())
+        reads = "direct" if self._reader.direct else "buffered"
+        return (
+            f"{self.slots} of {total} experts fit in {format_size(nbytes)} of slots; "
+            f"{reads} reads, {self._threads} at a time"
+        )
 
     def close(self) -> None:
         """End the I/O threads and let go of the slots."""
         self._io.close()
         self._entries.clear()
         self._classes.clear()
+
+    def make_room(self, nbytes: int) -> None:
+        """See :class:`Residency`. Slots give way to whatever else the process has taken."""
+        if self._limit is None:
+            return
+        classes = self._classes.values()
+        taken = sum(len(size.untouched) * size.nbytes for size in classes)
+        room = self._limit.room(nbytes + taken)
+        while room < SLACK:
+            size = max(classes, key=lambda size: (size.slots > 1, size.slots * size.nbytes))
+            if size.slots == 1 or not self._park(size):
+                break
+            room += size.nbytes
+        if room < 0:
+            raise self._limit.error()
+        for size in classes:
+            while size.parked and room > 2 * SLACK + size.nbytes:
+                size.unpark()
+                room -= size.nbytes
+
+    def _park(self, size: _SizeClass) -> bool:
+        """Give back one slot, if one can be emptied."""
+        if not size.free and not self._drop_staged(size, None) and not self._evict(size):
+            return False
+        size.park()
+        return True
+
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        """See :class:`Residency`."""
+        keys = [(layer, expert) for expert in experts]
+        self._cancel_wrong_guesses(layer, set(keys))
+        self._forget_failures(keys)
+        self._wanted = set(keys)
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.guessed:
+                self._come_true(entry)
+        for key in keys:
+            if key not in self._entries:
+                size = self._class_of(key)
+                if size.demanded >= size.demanded_limit and not self._evict(size, key):
+                    return
+                if not size.free and not self._drop_staged(size, None):
+                    return
+                self._read_demanded(key, size).missed = True
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
@@ -131,13 +226,19 @@ class SlotCache:
         self, layer: int, experts: Sequence[int], *, together: bool
     ) -> Iterator[dict[int, Tensor]]:
         """Yield one ready record at a time, or all that are ready; both stay pinned meanwhile."""
+        if layer == 0:
+            self.make_room(0)
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         self._forget_failures(keys)
-        ready = [self._demand_resident(key) for key in keys if key in self._entries]
+        ready = [self._pin(key) for key in keys if key in self._entries]
         missing = deque(key for key in keys if key not in self._entries)
-        self._stats.hits += len(ready)
-        self._stats.misses += len(missing)
+        started = sum(entry.missed for entry in ready)
+        self._stats.hits += len(ready) - started
+        self._stats.misses += len(missing) + started
+        for entry in ready:
+            entry.missed = False
+        self._wanted.difference_update(keys)
         pending = list(ready)
         try:
             while pending or missing:
@@ -151,14 +252,14 @@ class SlotCache:
                 turn = [self._next_ready(pending)]
                 pending.remove(turn[0])
                 if together:
-                    turn += [entry for entry in pending if entry.reading.done()]
+                    turn += [entry for entry in pending if entry.reading.done]
                     pending = [entry for entry in pending if entry not in turn]
                 try:
                     yield {entry.key[1]: self._record(entry) for entry in turn}
                 finally:
                     for entry in turn:
                         entry.pins -= 1
-                        if entry.reading.exception() is not None:
+                        if entry.reading.error is not None:
                             self._release(entry)
         finally:
             for entry in pending:
@@ -180,6 +281,9 @@ class SlotCache:
             entry = self._read(key, size.free.pop(), guessed=True)
             size.staged.append(entry.key)
             self._stats.speculative_reads += 1
+
+    def check(self) -> None:
+        """Nothing: no address was named."""
 
     def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """See :class:`Residency`."""
@@ -203,20 +307,26 @@ class SlotCache:
     def _class_of(self, key: Key) -> _SizeClass:
         return self._classes[self._at(key).spec.nbytes]
 
-    def _demand_resident(self, key: Key) -> _Entry:
-        """Pin a resident record; a guess that came true becomes an ordinary one."""
-        entry, size = self._entries[key], self._class_of(key)
+    def _pin(self, key: Key) -> _Entry:
+        """Keep a resident record until its use is over."""
+        entry = self._entries[key]
         entry.pins += 1
         if entry.guessed:
-            entry.guessed = False
-            size.staged.remove(key)
-            self._count_in(entry, size)
-            self._stats.speculative_used += 1
-            if size.demanded > size.demanded_limit:
-                self._evict(size, key)
-        else:
-            size.policy.touch(key)
+            self._come_true(entry)
+        elif not entry.missed:
+            self._class_of(key).policy.touch(key)
         return entry
+
+    def _come_true(self, entry: _Entry) -> None:
+        """A guess was right: its record becomes an ordinary one, and its read a demand."""
+        size = self._class_of(entry.key)
+        entry.guessed = False
+        self._io.promote(entry.reading)
+        size.staged.remove(entry.key)
+        self._count_in(entry, size)
+        self._stats.speculative_used += 1
+        if size.demanded > size.demanded_limit:
+            self._evict(size, entry.key)
 
     def _start(self, key: Key, pending: list[_Entry]) -> bool:
         """Begin reading a missing record if a slot can be had."""
@@ -229,32 +339,32 @@ class SlotCache:
                 left = [e.reading for e in self._entries.values() if self._is_left(e, size)]
                 if pending or not left:
                     return False
-                wait(left, return_when=FIRST_COMPLETED)
+                self._io.wait(left)
             elif not self._drop_staged(size, None):
                 # Every other slot is being filled by a guess; one will be done soon.
                 guesses = [self._entries[k].reading for k in size.staged]
                 if not guesses:
                     return False
-                wait(guesses, return_when=FIRST_COMPLETED)
-        entry = self._read(key, size.free.pop(), guessed=False)
+                self._io.wait(guesses)
+        entry = self._read_demanded(key, size)
         entry.pins += 1
-        self._count_in(entry, size)
         pending.append(entry)
         return True
 
+    def _read_demanded(self, key: Key, size: _SizeClass) -> _Entry:
+        entry = self._read(key, size.free.pop(), guessed=False)
+        self._count_in(entry, size)
+        return entry
+
     def _is_left(self, entry: _Entry, size: _SizeClass) -> bool:
-        unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done()
+        unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done
         return unwanted and self._class_of(entry.key) is size
 
     def _read(self, key: Key, slot: int, *, guessed: bool) -> _Entry:
         at, size = self._at(key), self._class_of(key)
         buffer = size.arena.buffer(slot)[: at.spec.nbytes]
-
-        def job() -> None:
-            place = f"{at.file}, layer {key[0]}, expert {key[1]}"
-            osio.read_at(at.descriptor, buffer, at.offset, place)
-            check_record(buffer, at, *key)
-
+        size.untouched.discard(slot)
+        job = partial(self._reader.read, at, buffer, *key)
         reading = self._io.submit(job, SPECULATION if guessed else DEMAND)
         self._stats.bytes_read += at.spec.nbytes
         entry = _Entry(key, slot, reading, guessed)
@@ -264,17 +374,17 @@ class SlotCache:
     def _next_ready(self, pending: list[_Entry]) -> _Entry:
         """A record that is there already, else the first to arrive."""
         for entry in pending:
-            if entry.reading.done():
+            if entry.reading.done:
                 return entry
-        done, _ = wait([entry.reading for entry in pending], return_when=FIRST_COMPLETED)
-        return next(entry for entry in pending if entry.reading in done)
+        self._io.wait([entry.reading for entry in pending])
+        return next(entry for entry in pending if entry.reading.done)
 
     def _cancel_wrong_guesses(self, layer: int, needed: set[Key]) -> None:
         """Guesses for this layer that are not needed and not yet being read are not read."""
         for size in self._classes.values():
             for key in [k for k in size.staged if k[0] == layer and k not in needed]:
                 entry = self._entries[key]
-                if entry.reading.cancel():
+                if self._io.cancel(entry.reading):
                     self._stats.bytes_read -= self._at(key).spec.nbytes
                     self._stats.speculative_reads -= 1
                     self._release(entry)
@@ -283,16 +393,16 @@ class SlotCache:
         """A read that failed for a guess or for a pass that was given up is tried again."""
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or entry.pins or not entry.reading.done():
+            if entry is None or entry.pins or not entry.reading.done:
                 continue
-            if entry.reading.exception() is not None:
+            if entry.reading.error is not None:
                 self._release(entry)
 
     def _drop_staged(self, size: _SizeClass, keep_layer: int | None) -> bool:
         """Give up the oldest guess that was read and not used."""
         for key in size.staged:
             entry = self._entries[key]
-            if key[0] != keep_layer and entry.reading.done():
+            if key[0] != keep_layer and entry.reading.done:
                 self._release(entry)
                 return True
         return False
@@ -302,7 +412,7 @@ class SlotCache:
 
         def usable(key: Key) -> bool:
             entry = self._entries[key]
-            return entry.pins == 0 and entry.reading.done()
+            return entry.pins == 0 and entry.reading.done and key not in self._wanted
 
         victim = size.policy.victim(usable, incoming)
         if victim is None:
@@ -334,9 +444,17 @@ def _records_of_size(pack: Pack, nbytes: int) -> list[Key]:
     ]
 
 
-def divide_budget(budget: int, sizes: dict[int, int]) -> dict[int, int]:
-    """Slots for each record size: all that exist, or shares of the budget by total bytes."""
+def divide_budget(budget: int, sizes: dict[int, int], most: int | None = None) -> dict[int, int]:
+    """Slots for each record size: all that exist, or shares of the budget by total bytes.
+
+    Args:
+        budget: Bytes.
+        sizes: Records by size.
+        most: Slots of all sizes together, but at least one of each.
+    """
     everything = sum(nbytes * count for nbytes, count in sizes.items())
+    if most is not None:
+        budget = min(budget, everything * most // sum(sizes.values()))
     if everything <= budget:
         return dict(sizes)
     slots = {n: min(c, max(1, budget * c // everything)) for n, c in sizes.items()}

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moepack_formats import checksum, osio
 from moepack_formats.errors import FormatError, IntegrityError
@@ -37,8 +37,7 @@ def check_trunk(pack: Pack) -> dict[str, tuple[int, ...]]:
                 digest = pack.manifest.trunk.get(tensor.name)
                 if digest is None:
                     raise FormatError("unknown tensor", where=f"{name}: {tensor.name}")
-                data = osio.read_bytes(descriptor, tensor.start, tensor.nbytes, name)
-                if checksum.xxh3(data) != digest:
+                if checksum.xxh3_of_range(descriptor, tensor.start, tensor.nbytes, name) != digest:
                     raise IntegrityError(
                         "a trunk tensor's bytes are damaged",
                         where=f"{name}: {tensor.name}",
@@ -91,3 +90,20 @@ def trunk_nbytes(model: nn.Module, dtype: torch.dtype) -> int:
         t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize)
         for t in tensors.values()
     )
+
+
+def copy_out_of_files(model: nn.Module) -> None:
+    """Bring every tensor into memory of the process, one at a time.
+
+    transformers leaves tensors that need no conversion in the mapped file. Its pages come and go
+    with the page cache, so that under a limit they would be read again and again, and touching one
+    after the file was truncated ends the process.
+    """
+    copies: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta or not tensor.is_cpu:
+            continue
+        key = tensor.data_ptr(), tensor.shape, tensor.dtype
+        if key not in copies:
+            copies[key] = tensor.data.clone()
+        tensor.data = copies[key]  # tied tensors stay tied

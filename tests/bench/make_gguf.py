@@ -32,6 +32,12 @@ _SCALES = {
 }
 
 
+EMBEDDING_GAIN = 1000
+"""How much larger the token embedding is than other weights, whose products have about unit
+variance. Without it attention's average of the context, which all tokens share, is nearly all
+there is, and every token goes to the same experts."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of an OLMoE model."""
@@ -126,13 +132,13 @@ def types_chosen_by_llama(file_type: str, shape: Shape) -> dict[str, gguf.GGMLQu
 
 
 def random_blocks(
-    count: int, kind: gguf.GGMLQuantizationType, rng: np.random.Generator
+    count: int, kind: gguf.GGMLQuantizationType, rng: np.random.Generator, gain: float
 ) -> np.ndarray:
-    """``[count, block bytes]`` of random codes under sane scales."""
+    """``[count, block bytes]`` of random codes under sane scales, times ``gain``."""
     _, nbytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (count, nbytes), dtype=np.uint8)
     for offset, value in _SCALES[kind.name]:
-        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(gain * value).tobytes(), np.uint8)
     return blocks
 
 
@@ -165,7 +171,8 @@ def write(path: Path, file_type: str, shape: Shape, seed: int) -> None:
         per_block, _ = gguf.GGML_QUANT_SIZES[kind]
         count = int(np.prod(dimensions)) // per_block
         # One block of rows, repeated: making fresh random bytes for gigabytes takes minutes.
-        part = random_blocks(min(count, 1 << 16), kind, rng)
+        gain = EMBEDDING_GAIN if name == "token_embd.weight" else 1
+        part = random_blocks(min(count, 1 << 16), kind, rng, gain)
         repeats = -(-count // len(part))
         writer.write_tensor_data(np.tile(part, (repeats, 1))[:count].reshape(-1))
     writer.close()

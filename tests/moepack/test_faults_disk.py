@@ -168,17 +168,19 @@ def test_reads_that_fall_short(
 def test_a_record_that_cannot_be_read(
     command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moepack_runtime import slot_cache
+    from moepack_runtime import record_reader
 
-    real = slot_cache.osio.read_at
+    real = record_reader.osio.read_at
 
-    def read_at(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+    def read_at(
+        descriptor: int, buffer: memoryview, offset: int, where: object, *, align: int = 1
+    ) -> None:
         if "layer 2" in str(where):
             with osio.io_errors(where):
                 raise OSError(errno.EIO, "")
-        real(descriptor, buffer, offset, where)
+        real(descriptor, buffer, offset, where, align=align)
 
-    monkeypatch.setattr(slot_cache.osio, "read_at", read_at)
+    monkeypatch.setattr(record_reader.osio, "read_at", read_at)
     words = ("generate", pack, "--prompt", "x", "--max-new-tokens", 3, "--io", "buffered")
     line = command(*words).error(5)
     assert "layer-00002.safetensors, layer 2, expert " in line

@@ -73,7 +73,7 @@ def check_invariants(cache: SlotCache) -> None:
     for nbytes, size in cache._classes.items():
         entries = [e for e in cache._entries.values() if cache._at(e.key).spec.nbytes == nbytes]
         used = [entry.slot for entry in entries]
-        assert sorted(used + size.free) == list(range(size.arena.slots))
+        assert sorted(used + size.free + size.parked) == list(range(size.arena.slots))
         assert all(entry.pins == 0 for entry in entries)
         assert sorted(size.staged) == sorted(e.key for e in entries if e.guessed)
         assert size.demanded == len(entries) - len(size.staged)

@@ -1,4 +1,4 @@
-"""Budgets: what there is, and that it is kept."""
+"""Budgets: what there is, what is needed, and that slots give way."""
 
 from __future__ import annotations
 
@@ -6,51 +6,37 @@ from pathlib import Path
 
 import pytest
 
-from moepack_runtime import memory
-from moepack_runtime.loading import load_pack
-from tests import families
+from moepack_formats.errors import ResourceError
+from moepack_formats.pack import Pack
+from moepack_runtime import budget, cgroups, memory, residency, slot_cache
+from moepack_runtime.budget import OVERHEAD_NBYTES, MemoryLimit
+from moepack_runtime.mapped import MappedRecords
+from moepack_runtime.options import RuntimeOptions
+from moepack_runtime.residency import Residency, open_budget, open_residency
+from moepack_runtime.slot_cache import SLACK, SlotCache
+from moepack_runtime.statistics import Statistics
+from tests.runtime.fake_pack import EXPERTS, LAYERS, SMALL, check_invariants, opened
 
-
-@pytest.mark.parametrize(
-    ("limit", "used", "machine", "available"),
-    [
-        (None, None, 800, 800),
-        ("max", "100", 800, 800),
-        ("500", "100", 800, 400),
-        ("5000", "100", 800, 800),
-        ("100", "500", 800, 0),
-        ("500", None, 800, 800),
-        ("nonsense", "1", 800, 800),
-    ],
-)
-def test_available(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    limit: str | None,
-    used: str | None,
-    machine: int,
-    available: int,
-) -> None:
-    files = {
-        "/sys/fs/cgroup/memory.max": limit,
-        "/sys/fs/cgroup/memory.current": used,
-        "/proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {machine} kB\n",
-    }
-    kilobyte = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"}
-
-    def read_text(path: Path) -> str:
-        text = files[str(path)]
-        if text is None:
-            raise FileNotFoundError(path)
-        return f"{int(text) * 1024}\n" if str(path) in kilobyte and text.isdigit() else text
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert memory.available_nbytes() == available * 1024
-    assert memory.default_budget() == int(available * 1024 * memory.SAFE_SHARE)
+OWN, TRUNK = 100 << 20, 5 << 20
 
 
 def test_this_machine() -> None:
-    assert 0 < memory.default_budget() < memory.available_nbytes()
+    own = memory.own_nbytes()
+    assert 1 << 20 < own < memory.default_budget() < own + memory.available_nbytes()
+
+
+def test_own_memory_is_not_that_of_files(tmp_path: Path) -> None:
+    import mmap
+
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (32 << 20))
+    before = memory.own_nbytes()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[i] for i in range(0, 32 << 20, 4096)) > 0
+        assert memory.own_nbytes() - before < 8 << 20
+        taken = b"y" * (32 << 20)
+        assert memory.own_nbytes() - before > 24 << 20
+        del taken
 
 
 def test_no_meminfo_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,24 +44,78 @@ def test_no_meminfo_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.available_nbytes() == 0
 
 
-def test_slots_keep_the_budget(pack: Path) -> None:
-    """Trunk, work space and slots together stay within --ram, whatever it is."""
-    import re
+def test_a_group_limits_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, wanted in ((1000, 1000), (1 << 60, None), (None, None)):
+        monkeypatch.setattr(cgroups, "available_nbytes", lambda room=room: room)
+        assert memory.available_nbytes() == wanted or wanted is None
 
-    from moepack_formats.errors import ResourceError
 
-    with pytest.raises(ResourceError) as refusal:
-        load_pack(pack, io="buffered", ram=1)
-    found = re.search(r"--ram (\d+)", str(refusal.value))
-    assert found is not None
-    need = int(found.group(1))
-    one = load_pack(pack, io="buffered", ram=need)
-    (size,) = one.moepack.residency._classes
-    for extra in (0, size - 1, size, 5 * size + 1, 100 * size):
-        model = load_pack(pack, io="buffered", ram=need + extra)
-        slots = model.moepack.residency.slots
-        assert slots == min(1 + extra // size, 24)
-        trunk = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-        assert trunk + slots * size <= need + extra
-        model.generate(families.tokens(batch=1), max_new_tokens=2, do_sample=False)
-        assert len(model.moepack.residency._entries) <= slots
+def opened_residency(pack: Pack, options: RuntimeOptions) -> Residency:
+    found = open_budget(pack, options).with_trunk(TRUNK)
+    return open_residency(pack, options, found, Statistics())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 7, 24, 100])
+def test_slots_are_what_the_budget_leaves(
+    pack: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Process, trunk, work space and slots together stay within --ram, whatever it is."""
+    for module in (residency, budget):
+        monkeypatch.setattr(module, "own_nbytes", lambda: OWN)
+    with Pack(pack) as opened_pack:
+        (size,) = slot_cache.record_sizes(opened_pack)
+        fixed = OWN + OVERHEAD_NBYTES + TRUNK + SLACK
+        options = RuntimeOptions(io="direct", ram=fixed + slots * size + size // 2)
+        found = opened_residency(opened_pack, options)
+        assert isinstance(found, SlotCache)
+        assert found.slots == min(slots, 24)
+        found.close()
+        with pytest.raises(ResourceError, match="smallest working set") as error:
+            opened_residency(opened_pack, RuntimeOptions(ram=fixed + size - 1))
+        assert f"got {(fixed + size - 1) / 2**20:.1f} MiB" in str(error.value)
+
+
+def test_slots_give_way_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else the process takes is taken from the slots, and given back to them later."""
+    others = 0
+    monkeypatch.setattr(slot_cache, "SLACK", 0)
+    with opened(15 * SMALL.nbytes, sizes=1) as (cache, pack, stats):
+        (size,) = cache._classes.values()
+
+        def own_nbytes() -> int:
+            return (others + size.slots - len(size.untouched)) * SMALL.nbytes
+
+        def use_all() -> None:
+            for layer in range(LAYERS):
+                got = {e: bytes(d.numpy().data) for e, d in cache.fetch(layer, range(EXPERTS))}
+                assert got == {e: pack.bytes[layer, e] for e in range(EXPERTS)}
+            check_invariants(cache)
+
+        monkeypatch.setattr(budget, "own_nbytes", own_nbytes)
+        cache._limit = MemoryLimit(OVERHEAD_NBYTES + 15 * SMALL.nbytes)
+        use_all()
+        assert (cache.slots, stats.misses, size.untouched) == (15, 15, set())
+        for others in (1, 5, 9, 14):
+            use_all()
+            assert cache.slots == 15 - others
+        others = 7
+        use_all()
+        assert cache.slots == 7  # one is kept in hand, so that it does not go to and fro
+        cache.make_room(3 * SMALL.nbytes)
+        assert cache.slots == 5
+        with pytest.raises(ResourceError, match=r"no longer fit in memory.*raise --ram"):
+            cache.make_room(9 * SMALL.nbytes)
+        assert cache.slots == 1
+        others = 0
+        use_all()
+        assert cache.slots == 14
+
+
+def test_mapped_records_have_nothing_to_give(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "own_nbytes", lambda: OWN)
+    with Pack(pack) as opened_pack:
+        limit = MemoryLimit(OWN + OVERHEAD_NBYTES + 100)
+        mapped = MappedRecords(opened_pack, Statistics(), limit)
+        mapped.make_room(100)
+        with pytest.raises(ResourceError, match="no longer fit in memory"):
+            mapped.make_room(101)

@@ -22,6 +22,7 @@ from transformers import (
 
 import moepack
 from moepack_formats.errors import FormatError, MoepackError, UsageError
+from moepack_runtime.calibrate import DEFAULT_THREADS
 from moepack_runtime.loading import load_pack, load_tokenizer
 from tests import families
 from tests.commands import edit_json
@@ -285,13 +286,13 @@ def descriptors(pack: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("io", ["buffered", "mmap"])
+@pytest.mark.parametrize("io", ["direct", "mmap"])
 def test_a_model_is_collected(damaged: Path, ids: torch.Tensor, used: bool, io: str) -> None:
     gc.collect()
     threads = len(io_threads())
     model = load_pack(damaged, io=io)
     assert len(descriptors(damaged)) >= 3
-    assert len(io_threads()) == threads + (2 if io == "buffered" else 0)
+    assert len(io_threads()) == threads + (DEFAULT_THREADS if io == "direct" else 0)
     if used:
         model.generate(ids, **GREEDY)
     reference: weakref.ref[PreTrainedModel] = weakref.ref(model)

@@ -23,6 +23,13 @@ class Watching:
         self.inner = inner
         self.notes: list[tuple[str, int, list[int]]] = []
 
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
+        self.notes.append(("demand", layer, list(experts)))
+        self.inner.demand(layer, experts)
+
+    def make_room(self, nbytes: int) -> None:
+        self.inner.make_room(nbytes)
+
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         self.notes.append(("fetch", layer, list(experts)))
         found: Iterator[tuple[int, Tensor]] = self.inner.fetch(layer, experts)
@@ -55,16 +62,20 @@ def test_layers_are_guessed_before_they_are_needed(watched: Any) -> None:
     ids = families.tokens(batch=1, length=5)
     watched.generate(ids, max_new_tokens=3, do_sample=False)
     notes = [note[:2] for note in watched.moepack.residency.notes]
-    # The prompt finds the routers; each later token guesses layers 1 and 2 one layer ahead.
-    assert notes[:3] == [("fetch", 0), ("fetch", 1), ("fetch", 2)]
+    # The prompt finds the routers; each later token guesses layers 1 and 2 one layer ahead, after
+    # it has begun to read what it needs now.
+    assert notes[:6] == [(kind, i) for i in range(3) for kind in ("demand", "fetch")]
     token = [
+        ("demand", 0),
         ("prefetch", 1),
         ("fetch", 0),
+        ("demand", 1),
         ("prefetch", 2),
         ("fetch", 1),
+        ("demand", 2),
         ("fetch", 2),
     ]
-    assert notes[3:] == token * 2
+    assert notes[6:] == token * 2
 
 
 def test_guesses_are_counted(watched: Any) -> None:
@@ -91,9 +102,9 @@ def test_long_passes_are_not_guessed(watched: Any) -> None:
     watched(long)  # finds the routers
     watched.moepack.residency.notes.clear()
     watched(long)
-    assert {kind for kind, *_ in watched.moepack.residency.notes} == {"fetch"}
+    assert {kind for kind, *_ in watched.moepack.residency.notes} == {"demand", "fetch"}
     watched(short)
-    assert {kind for kind, *_ in watched.moepack.residency.notes} == {"fetch", "prefetch"}
+    assert {kind for kind, *_ in watched.moepack.residency.notes} == {"demand", "fetch", "prefetch"}
 
 
 def test_guesses_that_do_not_pay_stop(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moepack_runtime import slot_cache
+from moepack_runtime import record_reader
 from moepack_runtime.io_pool import DEMAND
 from moepack_runtime.slot_cache import record_sizes
 from tests.runtime.fake_pack import EXPERTS, LARGE, LAYERS, SMALL, check_invariants, holds, opened
@@ -36,19 +36,19 @@ def test_any_sequence(
         slots = sum(s.arena.slots * s.arena.slot_nbytes for s in cache._classes.values())
         assert slots <= budget
         demands = reads = 0
-        real = slot_cache.osio.read_at
+        real = record_reader.osio.read_at
         lock = threading.Lock()
 
-        def counting(*arguments: object) -> None:
+        def counting(*arguments: object, **named: int) -> None:
             nonlocal reads
             buffer = arguments[1]
             assert isinstance(buffer, memoryview)
             with lock:
                 reads += len(buffer)
-            real(*arguments)  # type: ignore[arg-type]
+            real(*arguments, **named)  # type: ignore[arg-type]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(slot_cache.osio, "read_at", counting)
+            patch.setattr(record_reader.osio, "read_at", counting)
             for kind, layer, experts in operations:
                 if kind == "prefetch":
                     before = holds(cache)
@@ -72,6 +72,7 @@ def test_any_sequence(
                 check_invariants(cache)
             # What is on its way arrives; then every byte is accounted for.
             for entry in list(cache._entries.values()):
+                cache._io.wait([entry.reading])
                 entry.reading.result()
             assert stats.hits + stats.misses == demands
             assert stats.bytes_read == reads
@@ -104,7 +105,9 @@ def test_one_slot_is_enough() -> None:
         for layer in range(LAYERS):
             assert sorted(e for e, _ in cache.fetch(layer, range(EXPERTS))) == list(range(EXPERTS))
         assert stats.misses == LAYERS * EXPERTS
-        assert cache.describe() == f"1 of 15 experts fit in {SMALL.nbytes / 1024:.1f} KiB of slots"
+        assert cache.describe().startswith(
+            f"1 of 15 experts fit in {SMALL.nbytes / 1024:.1f} KiB of slots; "
+        )
 
 
 def test_everything_fits() -> None:
@@ -159,7 +162,7 @@ def test_guesses_that_are_not_being_read_are_dropped() -> None:
     """A guess that turns out wrong before a thread takes it costs no bytes."""
     with opened(12 * SMALL.nbytes, sizes=1, threads=1) as (cache, _, stats):
         gate = threading.Event()
-        cache._io.submit(gate.wait, DEMAND)  # type: ignore[arg-type]
+        cache._io.submit(lambda: gate.wait() and None, DEMAND)
         cache.prefetch(1, [0, 1, 2])
         fetching = cache.fetch(1, [1])
         threading.Timer(0.05, gate.set).start()

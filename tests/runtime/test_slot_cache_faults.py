@@ -13,7 +13,7 @@ import pytest
 
 from moepack_formats import osio
 from moepack_formats.errors import IntegrityError, ResourceError, UsageError
-from moepack_runtime import slot_cache
+from moepack_runtime import record_reader
 from moepack_runtime.arena import Arena
 from moepack_runtime.io_pool import DEMAND, SPECULATION, IoPool
 from moepack_runtime.policies import get_policy, policy_names
@@ -23,15 +23,17 @@ from tests.runtime.fake_pack import EXPERTS, LARGE, SMALL, check_invariants, ope
 @contextlib.contextmanager
 def failing(places: set[tuple[int, int]]) -> Iterator[None]:
     """Reads of these records report a broken disk."""
-    real = slot_cache.osio.read_at
+    real = record_reader.osio.read_at
 
-    def read_at(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+    def read_at(
+        descriptor: int, buffer: memoryview, offset: int, where: object, *, align: int = 1
+    ) -> None:
         if any(f"layer {layer}, expert {expert}" in str(where) for layer, expert in places):
             raise osio.resource_error(OSError(errno.EIO, ""), where)
-        real(descriptor, buffer, offset, where)
+        real(descriptor, buffer, offset, where, align=align)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slot_cache.osio, "read_at", read_at)
+        patch.setattr(record_reader.osio, "read_at", read_at)
         yield
 
 
@@ -95,22 +97,24 @@ def test_a_pass_that_ends_midway_leaves_no_pins() -> None:
 
 def test_reads_that_a_pass_left_behind_are_waited_for() -> None:
     """Ctrl-C during a reply, then the next question: its only slot is still being filled."""
-    gate, real = threading.Event(), slot_cache.osio.read_at
+    gate, real = threading.Event(), record_reader.osio.read_at
 
-    def read_at(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+    def read_at(
+        descriptor: int, buffer: memoryview, offset: int, where: object, *, align: int = 1
+    ) -> None:
         if "layer 0, expert 1" in str(where):
             gate.wait(10)
-        real(descriptor, buffer, offset, where)
+        real(descriptor, buffer, offset, where, align=align)
 
     with (
         opened(SMALL.nbytes + LARGE.nbytes) as (cache, _, _),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(slot_cache.osio, "read_at", read_at)
+        patch.setattr(record_reader.osio, "read_at", read_at)
         fetching = iter(cache.fetch(0, [0, 1]))
         assert next(fetching)[0] == 0
         del fetching
-        assert not cache._entries[0, 1].reading.done()
+        assert not cache._entries[0, 1].reading.done
         threading.Timer(0.05, gate.set).start()
         assert [e for e, _ in cache.fetch(1, [0])] == [0]  # as large as the one before
         check_invariants(cache)
@@ -145,7 +149,7 @@ def test_demands_overtake_guesses() -> None:
         pool.submit(lambda i=i: order.append(f"guess {i}"), SPECULATION)  # type: ignore[misc]
     late = pool.submit(lambda: order.append("demand"), DEMAND)
     gate.set()
-    late.result(10)
+    pool.wait([late])
     pool.close()
     assert order == ["demand", "guess 0", "guess 1", "guess 2"]
 
@@ -154,7 +158,8 @@ def test_a_pool_may_be_closed_by_one_of_its_own_threads() -> None:
     """The garbage collector runs on any thread, and may find a forgotten model there."""
     pool = IoPool(2)
     done = pool.submit(pool.close, DEMAND)
-    done.result(10)
+    pool.wait([done])
+    done.result()
     for thread in pool._threads:
         thread.join(10)
         assert not thread.is_alive()

@@ -147,6 +147,12 @@ def available() -> str | None:
     return None if isinstance(library, str) else library.moepack_isa().decode()
 
 
+def library() -> ctypes.CDLL | None:
+    """The library itself, for its parts that are not kernels; None where it is not available."""
+    found = _load()
+    return None if isinstance(found, str) else found
+
+
 def why_not() -> str:
     """Why the native kernels are not available; empty when they are."""
     library = _load()

@@ -140,6 +140,8 @@ class Player:
         x, out = step.arguments[0], step.results[0]
         source = module.source if isinstance(module, TiedHead) else module
         rows, cols = source.shape
+        packed = source.packed
+        assert packed is not None  # a head needs all of it
         if not is_floats(x, out) or x.numel() != cols:
             raise CannotRecord("a packed matrix gets something else than one float32 token")
         steps, x = self._contiguous(x)
@@ -148,14 +150,20 @@ class Player:
         if bias is not None and not (is_floats(bias) and bias.is_contiguous()):
             raise CannotRecord("a bias is not float32")
         address = None if bias is None else bias.data_ptr()
-        found.data[:] = (out.data_ptr(), x.data_ptr(), source.packed.data_ptr(), address)
+        found.data[:] = (out.data_ptr(), x.data_ptr(), packed.data_ptr(), address)
         number = _SCHEME_NUMBERS[source.scheme.name]
-        found.number[:] = (number, source.packed.numel(), rows, cols)
+        found.number[:] = (number, packed.numel(), rows, cols)
         return [*steps, found]
 
-    def _lower_embed(self, what: Opaque, step: Step) -> list[NativeStep]:
+    def _lower_embed(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         module: PackedEmbedding = what.subject
         ids, out = step.arguments[0], step.results[0]
+        if module.packed is None:  # it is read from its file
+
+            def read() -> None:
+                out.copy_(module.forward(ids))
+
+            return read
         if not is_floats(out) or ids.numel() != 1 or ids.dtype is not torch.int64:
             raise CannotRecord("an embedding gets something else than one token")
         number = _SCHEME_NUMBERS[module.scheme.name]

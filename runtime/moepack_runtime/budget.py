@@ -1,0 +1,95 @@
+"""The memory budget of a process that runs a pack: what is needed at least, what is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moepack_formats.errors import ResourceError
+from moepack_formats.pack import Pack
+
+from .memory import own_nbytes
+from .options import format_size
+
+OVERHEAD_NBYTES = 64 << 20
+"""What a budget covers besides the process's own pages: the code it runs (pages of files that must
+stay), page tables and other kernel memory, and what libraries take on their first use."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A budget that is watched while a model runs.
+
+    Attributes:
+        nbytes: The budget.
+    """
+
+    nbytes: int
+
+    def room(self, nbytes: int) -> int:
+        """Bytes that would be left with ``nbytes`` more; negative when they do not fit."""
+        return self.nbytes - OVERHEAD_NBYTES - own_nbytes() - nbytes
+
+    def error(self) -> ResourceError:
+        """What to raise when nothing more can give way."""
+        return ResourceError(
+            "the text and its work space no longer fit in memory",
+            wanted=f"less than {format_size(self.nbytes)}",
+            got=format_size(own_nbytes() + OVERHEAD_NBYTES),
+            remedy="raise --ram or shorten the text",
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a process may take that runs a pack, and what it needs, all in bytes.
+
+    Attributes:
+        nbytes: What it may take.
+        process: Interpreter, libraries and kernel.
+        trunk: Everything but the routed experts.
+        work: Activations and the context of a short text.
+        smallest: One expert of each record size.
+        everything: All experts.
+    """
+
+    nbytes: int
+    process: int
+    trunk: int
+    work: int
+    smallest: int
+    everything: int
+
+    @property
+    def for_slots(self) -> int:
+        """What is left for experts; negative when not even the trunk fits."""
+        return self.nbytes - self.process - self.trunk - self.work
+
+    def with_trunk(self, nbytes: int) -> Budget:
+        """The same with a trunk of ``nbytes``."""
+        return replace(self, trunk=nbytes)
+
+    def holds(self, trunk: int) -> bool:
+        """Whether a trunk of so many bytes and all experts fit."""
+        return self.with_trunk(trunk).for_slots >= self.everything
+
+    def check(self, pack: Pack) -> None:
+        """Refuse what is below the smallest working set.
+
+        Raises:
+            ResourceError: The message says the need.
+        """
+        least = self.nbytes - self.for_slots + self.smallest
+        if self.nbytes < least:
+            raise ResourceError(
+                "not enough memory for the smallest working set",
+                where=pack.folder,
+                wanted=f"{format_size(least)} ({format_size(self.process)} process, "
+                f"{format_size(self.trunk)} trunk, {format_size(self.work)} work space, "
+                f"{format_size(self.smallest)} experts)",
+                got=format_size(self.nbytes),
+                # Rounded up: the next process may be a little larger.
+                remedy=f"give --ram {-(-least // _STEP) * (_STEP >> 20)}MiB or more",
+            )
+
+
+_STEP = 8 << 20

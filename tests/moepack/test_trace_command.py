@@ -157,9 +157,9 @@ def test_the_optimum_does_not_run(pack: Path, command: Command) -> None:
 
 def test_what_a_cache_bias_costs(pack: Path, command: Command) -> None:
     options = ("--text", TEXT, "--max-tokens", 60, "--io", "buffered")
-    ram = ("--ram", _room_for_half(pack))
+    half = ("--slots", 12)
     values = command(
-        "eval", pack, *options, *ram, "--no-prefetch", "--cache-bias", 0.5, "--json"
+        "eval", pack, *options, *half, "--no-prefetch", "--cache-bias", 0.5, "--json"
     ).json
     assert values["hit_ratio"] > values["hit_ratio_without_cache_bias"]
     assert values["nudged_per_token"] > 0
@@ -171,16 +171,10 @@ def test_what_a_cache_bias_costs(pack: Path, command: Command) -> None:
     ).json
     assert again["perplexity_without_cache_bias"] == pytest.approx(plain["perplexity"], rel=1e-3)
     assert again["tokens"] == plain["tokens"] == 59
-    text = command("eval", pack, *options, *ram, "--cache-bias", 0.5).out
+    text = command("eval", pack, *options, *half, "--cache-bias", 0.5).out
     assert [line.split()[0] for line in text.splitlines()] == ["cache", "perplexity", "cache", "it"]
     both = command("eval", pack, *options, "--cache-bias", 0.5, "--source", pack)
     assert "one at a time" in both.error(2)
-
-
-def _room_for_half(pack: Path) -> int:
-    from tests.runtime.test_options import needed, record_nbytes
-
-    return needed(pack) + 11 * record_nbytes(pack)
 
 
 def test_json_says_how_often_prefetch_stopped(pack: Path, command: Command) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack_formats.errors import ResourceError, UsageError
-from moepack_formats.pack import Pack
+from moepack_formats.errors import UsageError
 from moepack_runtime.loading import load_pack, load_tokenizer
 from moepack_runtime.options import RuntimeOptions
 from moepack_runtime.policies import policy_names
@@ -40,19 +38,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def least(tiny: Path) -> int:
-    """The ``--ram`` that leaves room for a single slot."""
-    with pytest.raises(ResourceError, match="give --ram") as refusal:
-        load_pack(tiny, io="buffered", ram=1)
-    return int(str(refusal.value).split("--ram ")[1].split()[0])
-
-
-def run_real(tiny: Path, least: int, slots: int, **options: Any) -> tuple[Trace, Statistics]:
+def run_real(tiny: Path, slots: int, **options: Any) -> tuple[Trace, Statistics]:
     """Decode real text with so many slots; the trace and the counters."""
-    with contextlib.closing(Pack(tiny)) as opened_pack:
-        nbytes = opened_pack.layers[0][0].spec.nbytes
-    model = load_pack(tiny, io="buffered", ram=least + (slots - 1) * nbytes, **options)
+    model = load_pack(tiny, io="buffered", slots=slots, **options)
     cache = model.moepack.residency
     assert isinstance(cache, SlotCache)
     assert cache.slots == slots
@@ -70,10 +58,8 @@ def run_real(tiny: Path, least: int, slots: int, **options: Any) -> tuple[Trace,
         (16, {"policy": "lfu", "pins": ((0, 0), (0, 1), (3, 4), (5, 7), (5, 6))}),
     ],
 )
-def test_it_agrees_with_the_real_cache(
-    tiny: Path, least: int, slots: int, options: dict[str, Any]
-) -> None:
-    trace, stats = run_real(tiny, least, slots, prefetch=False, **options)
+def test_it_agrees_with_the_real_cache(tiny: Path, slots: int, options: dict[str, Any]) -> None:
+    trace, stats = run_real(tiny, slots, prefetch=False, **options)
     nbytes = trace.info.record_nbytes[0][0]
     policy = options.pop("policy")
     outcome = Simulator(trace).run(Setting(policy, {nbytes: slots}, **options))
@@ -85,11 +71,11 @@ def test_it_agrees_with_the_real_cache(
 
 @pytest.mark.parametrize(("slots", "policy"), [(12, "lru"), (24, "lfu"), (40, "router-score")])
 def test_it_agrees_with_the_real_cache_that_guesses(
-    tiny: Path, least: int, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Every token is guessed for, as in the simulator.
     monkeypatch.setattr("moepack_runtime.prefetch_trial.WARM_UP", 10**6)
-    trace, stats = run_real(tiny, least, slots, prefetch=True, policy=policy)
+    trace, stats = run_real(tiny, slots, prefetch=True, policy=policy)
     nbytes = trace.info.record_nbytes[0][0]
     outcome = Simulator(trace).run(Setting(policy, {nbytes: slots}, prefetch=True))
     assert outcome.hit_ratio == pytest.approx(stats.hit_ratio, abs=0.01)

@@ -12,7 +12,7 @@ struct Row {
   int8_t* q;        // [C] x ~ q * step
   float* step;      // [C / 32] absmax of 32 inputs / 127
   float* sum64;     // [C / 64] sums of q * step
-  int32_t* qsum16;  // [C / 16] sums of q
+  int16_t* qsum16;  // [C / 16] sums of q
 };
 
 // Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,
@@ -29,6 +29,10 @@ struct Kernels {
   bool (*supported)();
   // [scheme][0: float activations, 1: int8][1, 2 or 4 tokens]
   TileFn tile[kSchemes][2][3];
+  // For many tokens at int8 activations: a tile with a byte for each code, and walks over that. NULL
+  // where codes are bytes anyway. A code block has 1024 bytes then.
+  void (*expand_tile[kSchemes])(const uint8_t* tile, int64_t blocks, uint8_t* out);
+  TileFn expanded[kSchemes][3];
   // Fill one block of a row from up to 64 values; what is missing is zero.
   void (*quantize_block)(const float* x, int64_t count, Row& row, int64_t block);
   void (*copy_block)(const float* x, int64_t count, Row& row, int64_t block);
@@ -39,6 +43,16 @@ struct Kernels {
   void (*decode_tile[kSchemes])(const uint8_t* tile, int64_t cols, float* out, int64_t stride);
   void (*to_bf16)(const float* values, int64_t count, uint16_t* out);
   uint64_t (*read_sum)(const uint8_t* data, int64_t nbytes);
+  // The innermost loops of a tape's steps (glue.h); strides in elements.
+  void (*unary)(int kind, const double* scalar, const float* a, int64_t sa, float* out, int64_t so,
+                int64_t n);
+  void (*binary)(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out,
+                 int64_t so, int64_t n);
+  float (*dot)(const float* a, const float* b, int64_t n);
+  float (*sum)(const float* a, int64_t n);
+  void (*softmax)(const float* a, int64_t n, float* out);
+  // out[n] += scale * a[n]
+  void (*add_scaled)(const float* a, float scale, float* out, int64_t n);
 };
 
 extern const Kernels kPortable;
@@ -58,5 +72,10 @@ inline bool uses_int8(int32_t scheme, int32_t mode) {
 // Tokens of the next walk over a tile, and the index of its kernel in Kernels::tile.
 inline int walk_tokens(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 inline int walk_index(int tokens) { return tokens >> 1; }
+
+inline int64_t expanded_nbytes(int32_t scheme, int64_t blocks) {
+  return kFormats[scheme].tile_nbytes(blocks * kBlockCols) +
+         blocks * (kTileRows * kBlockCols - kFormats[scheme].code_nbytes());
+}
 
 }  // namespace moepack

@@ -1,6 +1,8 @@
-// One token through the experts of one MoE layer.
+// Tokens through the experts of one MoE layer: one token through all of its experts, or many through
+// one expert.
 //
 // Letters: H hidden size, I intermediate size, E experts of this token.
+#include <algorithm>
 #include <cstring>
 
 #include "scratch.h"
@@ -31,38 +33,69 @@ void add_bias(float* values, const uint8_t* bias, int64_t tile) {
   for (int r = 0; r < kTileRows; ++r) values[r] += b[r];
 }
 
-// 64 values of an expert's intermediate, as inputs of down. The block is a multiple of an int8 step,
-// so the thread that computed it also quantizes it: one wait less.
-void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row& x, Row& h) {
-  const moepack_layout& at = *layer.layouts[expert];
-  const uint8_t* bias = layer.bias(expert, at.first_bias);
-  bool int8 = uses_int8(at.first_scheme, layer.mode);
-  TileFn walk = kernels().tile[at.first_scheme][int8][0];
-  int64_t nbytes = kFormats[at.first_scheme].tile_nbytes(layer.hidden);
-  int64_t blocks = ceil_div(layer.hidden, kBlockCols), parts = layer.gated ? 2 : 1;
-  int64_t count = layer.intermediate - block * kBlockCols;
-  if (count > kBlockCols) count = kBlockCols;
-  alignas(64) float values[kBlockCols], projected[2][kTileRows];
-  for (int64_t i = 0; i * kTileRows < count; ++i) {
-    int64_t tile = (block * (kBlockCols / kTileRows) + i) * parts;  // gate, up, gate, up, ...
-    for (int64_t p = 0; p < parts; ++p) {
-      walk(layer.records[expert] + at.first + (tile + p) * nbytes, blocks, &x, projected[p]);
-      add_bias(projected[p], bias, tile + p);
-    }
-    kernels().activate(layer.activation, projected[0], layer.gated ? projected[1] : nullptr,
-                       values + i * kTileRows);
+// What one chunk of work needs besides its inputs.
+struct Room {
+  float* values;     // [tokens, 64]: outputs of gate, then the intermediate
+  float* up;         // [tokens, 16]
+  uint8_t* buffer;   // see Walks
+  static int64_t nbytes(int64_t tokens, int64_t buffer) {
+    return Scratch::rounded(tokens * kBlockCols * 4) + Scratch::rounded(tokens * kTileRows * 4) +
+           buffer;
   }
-  if (uses_int8(at.down_scheme, layer.mode)) kernels().quantize_block(values, count, h, block);
-  else kernels().copy_block(values, count, h, block);
+};
+
+Room take_room(int64_t tokens, int64_t buffer) {
+  static thread_local Scratch scratch;
+  scratch.reset(Room::nbytes(tokens, buffer));
+  Room room;
+  room.values = scratch.take<float>(tokens * kBlockCols);
+  room.up = scratch.take<float>(tokens * kTileRows);
+  room.buffer = scratch.take<uint8_t>(buffer);
+  return room;
 }
 
-void down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row& h, float* out) {
+// 64 values of an expert's intermediate for some tokens, as inputs of down. The block is a multiple
+// of an int8 step, so the thread that computed it also quantizes it: one wait less.
+void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row* x, Row* h,
+                        int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
-  TileFn walk = kernels().tile[at.down_scheme][uses_int8(at.down_scheme, layer.mode)][0];
+  const uint8_t* bias = layer.bias(expert, at.first_bias);
+  Walks walks{at.first_scheme, uses_int8(at.first_scheme, layer.mode),
+              ceil_div(layer.hidden, kBlockCols), tokens};
+  Room room = take_room(tokens, walks.buffer_nbytes());
+  int64_t nbytes = kFormats[at.first_scheme].tile_nbytes(layer.hidden);
+  int64_t count = std::min<int64_t>(layer.intermediate - block * kBlockCols, kBlockCols);
+  for (int64_t i = 0; i * kTileRows < count; ++i) {
+    // gate, up, gate, up, ...
+    int64_t tile = (block * (kBlockCols / kTileRows) + i) * (layer.gated ? 2 : 1);
+    float* gate = room.values + i * kTileRows;
+    const uint8_t* packed = layer.records[expert] + at.first + tile * nbytes;
+    walks.run(packed, x, room.buffer, gate, kBlockCols);
+    if (layer.gated) walks.run(packed + nbytes, x, room.buffer, room.up, kTileRows);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float *g = gate + t * kBlockCols, *up = layer.gated ? room.up + t * kTileRows : nullptr;
+      add_bias(g, bias, tile);
+      if (up) add_bias(up, bias, tile + 1);
+      kernels().activate(layer.activation, g, up, g);
+    }
+  }
+  bool int8 = uses_int8(at.down_scheme, layer.mode);
+  for (int64_t t = 0; t < tokens; ++t)
+    (int8 ? kernels().quantize_block : kernels().copy_block)(room.values + t * kBlockCols, count,
+                                                             h[t], block);
+}
+
+// 16 outputs of an expert for some tokens, [tokens, 16].
+float* down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row* h, int64_t tokens) {
+  const moepack_layout& at = *layer.layouts[expert];
+  Walks walks{at.down_scheme, uses_int8(at.down_scheme, layer.mode),
+              ceil_div(layer.intermediate, kBlockCols), tokens};
+  Room room = take_room(tokens, walks.buffer_nbytes());
   int64_t nbytes = kFormats[at.down_scheme].tile_nbytes(layer.intermediate);
-  walk(layer.records[expert] + at.down + tile * nbytes, ceil_div(layer.intermediate, kBlockCols),
-       &h, out);
-  add_bias(out, layer.bias(expert, at.down_bias), tile);
+  walks.run(layer.records[expert] + at.down + tile * nbytes, h, room.buffer, room.up, kTileRows);
+  for (int64_t t = 0; t < tokens; ++t)
+    add_bias(room.up + t * kTileRows, layer.bias(expert, at.down_bias), tile);
+  return room.up;
 }
 
 int32_t check(const Layer& layer, int64_t experts) {
@@ -114,7 +147,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
     for (int64_t u = chunk * each; u < end; ++u)
-      intermediate_block(layer, u / blocks, u % blocks, input, h[u / blocks]);
+      intermediate_block(layer, u / blocks, u % blocks, &input, &h[u / blocks], 1);
   });
   // Every output is summed by one thread in the order of the experts: the same bits for any number
   // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
@@ -129,8 +162,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
       for (int64_t r = begin * kTileRows; r < last; ++r) y[r] = 0.0f;
     for (int64_t e = 0; e < count; ++e)
       for (int64_t t = begin; t < end; ++t) {
-        alignas(64) float out[kTileRows];
-        down_tile(layer, e, t, h[e], out);
+        const float* out = down_tile(layer, e, t, &h[e], 1);
         int64_t rows = hidden - t * kTileRows < kTileRows ? hidden - t * kTileRows : kTileRows;
         float* to = (outputs ? outputs + e * hidden : y) + t * kTileRows;
         for (int64_t r = 0; r < rows; ++r) {
@@ -142,10 +174,58 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   return MOEPACK_OK;
 }
 
-int32_t moepack_sum_rows(const float* rows, int64_t count, int64_t width, float* y) {
-  if (!rows || !y || count < 0 || width < 0) return MOEPACK_BAD_ARGUMENT;
-  for (int64_t i = 0; i < width; ++i) y[i] = 0.0f;
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t i = 0; i < width; ++i) y[i] += rows[k * width + i];
+int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count, int64_t width, float* y,
+                         int32_t threads) {
+  if (!rows || !y || tokens < 0 || count < 0 || width < 0 || threads < 1)
+    return MOEPACK_BAD_ARGUMENT;
+  for_chunks(threads, tokens, [&](int64_t t) {
+    float* out = y + t * width;
+    for (int64_t i = 0; i < width; ++i) out[i] = 0.0f;
+    for (int64_t k = 0; k < count; ++k)
+      kernels().add_scaled(rows + (t * count + k) * width, 1.0f, out, width);
+  });
+  return MOEPACK_OK;
+}
+
+int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout, int64_t hidden,
+                              int64_t intermediate, const moepack_activation* activation,
+                              int32_t gated, const float* x, const int64_t* tokens,
+                              const int64_t* places, const float* weights, int64_t count,
+                              float* outputs, int32_t mode, int32_t threads) {
+  if (!record || !layout || !activation || !x || !tokens || !places || !weights || !outputs ||
+      count < 0 || hidden < 1 || intermediate < 1 || threads < 1 ||
+      activation->kind < MOEPACK_SILU || activation->kind > MOEPACK_RELU2)
+    return MOEPACK_BAD_ARGUMENT;
+  Layer layer{&record, &layout, hidden, intermediate, *activation, gated != 0, mode};
+  if (int32_t refusal = check(layer, 1)) return refusal;
+
+  bool int8 = uses_int8(layout->first_scheme, mode);
+  static thread_local Scratch scratch;
+  scratch.reset(count * (row_nbytes(hidden) + row_nbytes(intermediate)) +
+                2 * Scratch::rounded(count * static_cast<int64_t>(sizeof(Row))));
+  Row *inputs = scratch.take<Row>(count), *h = scratch.take<Row>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    inputs[i] = take_row(scratch, hidden), h[i] = take_row(scratch, intermediate);
+  }
+  constexpr int64_t together = 8;
+  for_chunks(threads, ceil_div(count, together), [&](int64_t chunk) {
+    for (int64_t i = chunk * together; i < std::min(count, (chunk + 1) * together); ++i)
+      fill_row(x + tokens[i] * hidden, hidden, int8, !int8, inputs[i]);
+  });
+  for_chunks(threads, ceil_div(intermediate, kBlockCols), [&](int64_t block) {
+    intermediate_block(layer, 0, block, inputs, h, count);
+  });
+  int64_t tiles = ceil_div(hidden, kTileRows);
+  int64_t each = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
+  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
+    for (int64_t t = chunk * each; t < std::min(tiles, (chunk + 1) * each); ++t) {
+      const float* out = down_tile(layer, 0, t, h, count);
+      int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = outputs + places[i] * hidden + t * kTileRows;
+        for (int64_t r = 0; r < rows; ++r) to[r] = weights[i] * out[i * kTileRows + r];
+      }
+    }
+  });
   return MOEPACK_OK;
 }

@@ -5,16 +5,23 @@ Shape letters: T tokens, K experts a token, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
-from .experts import ExpertsAdapter
-from .kernels import Engine, OneToken
+from .cache_bias import CacheBias
+from .experts import Compute, ExpertsAdapter
+from .kernels import Engine, FusedExperts
 from .prefetch import Speculator
 from .residency import Residency
 from .statistics import Statistics
+
+Watcher = Callable[[int, Tensor, Tensor], None]
+"""``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
 
 
 class ExpertsCompute:
@@ -31,6 +38,11 @@ class ExpertsCompute:
         speculator: Guesses the next layer's experts; None without prefetch.
         stats: Counts tokens.
         engine: Computes with the records.
+        bias: Nudges the router; None without.
+
+    Attributes:
+        watcher: Is told what the router chose; None for nobody.
+        stand_in: Is called instead, while a pass is recorded.
     """
 
     def __init__(
@@ -42,32 +54,59 @@ class ExpertsCompute:
         speculator: Speculator | None,
         stats: Statistics,
         engine: Engine,
+        bias: CacheBias | None = None,
     ) -> None:
         self._layer, self._adapter, self._records = layer, adapter, records
         self._residency, self._speculator, self._stats = residency, speculator, stats
-        self._engine = engine
-        self._one_token: OneToken | None = None
-        self._asked_for_one_token = False
+        self._engine, self._bias = engine, bias
+        self.watcher: Watcher | None = None
+        self.stand_in: Compute | None = None
+        self._fused: FusedExperts | None = None
+        self._asked_for_fused = False
+        self._native: Any | None = None
+        self._table: Any | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
-        tokens, choices = top_k_index.shape
-        if tokens == 1 and self._fused() is not None:
-            return self._call_fused(hidden, top_k_index, top_k_weights)
+        if self.stand_in is not None:
+            return self.stand_in(hidden, top_k_index, top_k_weights)
+        return self.compute(hidden, top_k_index, top_k_weights)
+
+    def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What a call does unless something stands in for it."""
+        fused = self._find_fused()
+        if fused is not None and len(top_k_index) == 1:
+            return self._one_token(fused, hidden, top_k_index, top_k_weights)
         chosen = top_k_index.reshape(-1)  # [T * K]
-        # An index of num_experts or more is a place without an expert.
-        needed = [e for e in torch.unique(chosen).tolist() if 0 <= e < self._adapter.num_experts]
-        self._announce(top_k_index, needed)
+        # Places sorted by expert; an index of num_experts or more is a place without an expert.
+        order = torch.argsort(chosen, stable=True)
+        experts, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+        places = {
+            expert: place
+            for expert, place in zip(experts.tolist(), order.split(counts.tolist()), strict=True)
+            if 0 <= expert < self._adapter.num_experts
+        }
+        needed = list(places)
+        self._residency.make_room(self._work_nbytes(*top_k_index.shape))
+        means = _mean_weights(top_k_index, top_k_weights, self._adapter.num_experts)
+        self._announce(top_k_index, top_k_weights, needed, [means[expert] for expert in needed])
+        if fused is not None and fused.takes(len(top_k_index)):
+            return self._many_tokens(fused, hidden, top_k_weights, places)
+        return self._by_matrices(hidden, top_k_weights, places)
+
+    def _by_matrices(
+        self, hidden: Tensor, top_k_weights: Tensor, places: dict[int, Tensor]
+    ) -> Tensor:
+        """Any number of tokens and any activation."""
+        tokens, choices = top_k_weights.shape
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
-        self._residency.make_room(self._work_nbytes(tokens, choices))
         outputs = hidden.new_zeros(tokens * choices, hidden.shape[-1], dtype=dtype)
         weights = top_k_weights.reshape(-1, 1)
-        for expert, record in self._residency.fetch(self._layer, needed):
-            places = (chosen == expert).nonzero().squeeze(1)
-            x = hidden[places // choices]
+        for expert, record in self._residency.fetch(self._layer, list(places)):
+            here = places[expert]
             spec = self._records[expert].spec
-            y = self._engine.expert(record, spec, self._adapter, x)
-            outputs[places] = y * weights[places]
+            y = self._engine.expert(record, spec, self._adapter, hidden[here // choices])
+            outputs[here] = y * weights[here]
         return outputs.view(tokens, choices, -1).sum(dim=1).to(hidden.dtype)
 
     def _work_nbytes(self, tokens: int, choices: int) -> int:
@@ -80,34 +119,93 @@ class ExpertsCompute:
         rows = tokens * (2 * choices * hidden + 6 * hidden + 3 * width)
         return 4 * (dense + rows)
 
-    def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
+    def _many_tokens(
+        self,
+        fused: FusedExperts,
+        hidden: Tensor,
+        top_k_weights: Tensor,
+        places: dict[int, Tensor],
+    ) -> Tensor:
+        """Each expert in one call with all of its tokens."""
+        tokens, choices = top_k_weights.shape
+        x, weights = hidden.float().contiguous(), top_k_weights.float().reshape(-1)
+        filled = sum(map(len, places.values())) == tokens * choices
+        make = torch.empty if filled else torch.zeros
+        outputs = make(tokens * choices, x.shape[1])
+        for expert, record in self._residency.fetch(self._layer, list(places)):
+            here, spec = places[expert], self._records[expert].spec
+            fused.tokens(x, record, spec, here // choices, here, weights[here], outputs)
+        return fused.total(outputs.view(tokens, choices, -1)).to(hidden.dtype)
+
+    @property
+    def native_layer(self) -> Any | None:
+        """What a tape computes this layer with (``native.ExpertsLayer``), or None.
+
+        Records that stay where they are go into its table as they are first used, and are then
+        computed with without coming back here.
+        """
+        if self._native is None:
+            make = getattr(self._find_fused(), "layer", None)
+            if make is not None:
+                self._native, self._table = make([at.spec for at in self._records])
+        return self._native
+
+    def settle(self) -> None:
+        """Count what a tape has computed here by itself."""
+        if self._native is None or not self._native.demanded:
+            return
+        self._stats.hits += self._native.demanded
+        self._stats.tokens += self._layer == 0
+        self._native.demanded = 0
+        self._residency.check_used(self._layer)
+
+    def _announce(
+        self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
+    ) -> None:
+        """Tell everybody what the router chose.
+
+        Args:
+            top_k_index: ``[T, K]``.
+            top_k_weights: ``[T, K]``.
+            needed: The experts in it.
+            weights: The weight of each of them, the mean over the tokens.
+        """
         # Before the next layer is guessed: what is needed now is read first.
         self._residency.demand(self._layer, needed)
         if self._layer == 0:
             self._stats.tokens += len(top_k_index)
+        if self._bias is not None:
+            self._bias.routed(self._layer)
+        if self.watcher is not None:
+            self.watcher(self._layer, top_k_index, top_k_weights)
+        self._residency.observe(self._layer, needed, weights)
         if self._speculator is not None:
             self._speculator.experts_called(self._layer, top_k_index, needed)
 
-    def _fused(self) -> OneToken | None:
+    def _find_fused(self) -> FusedExperts | None:
         # Not before the first call: on the meta device an activation cannot be tried.
-        if not self._asked_for_one_token:
-            self._one_token = self._engine.one_token(self._adapter)
-            self._asked_for_one_token = True
-        return self._one_token
+        if not self._asked_for_fused:
+            self._fused = self._engine.fused(self._adapter)
+            self._asked_for_fused = True
+        return self._fused
 
-    def _call_fused(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _one_token(
+        self, fused: FusedExperts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """One token. Records that arrive in several turns give the same bits as all at once."""
-        fused = self._fused()
-        assert fused is not None  # the caller has looked
         index: list[int] = top_k_index[0].tolist()
         places = [k for k, expert in enumerate(index) if 0 <= expert < self._adapter.num_experts]
         chosen = [index[k] for k in places]
         needed = list(dict.fromkeys(chosen))
-        self._announce(top_k_index, needed)
         x, weights = hidden[0].float().contiguous(), top_k_weights[0].float().contiguous()
         if len(places) < len(index):
             weights = weights[places]
+        of_expert = dict(zip(chosen, weights.tolist(), strict=True))
+        self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
         outputs = whole = None
+        if self._table is not None:
+            for expert in needed:
+                self._table[expert] = self._residency.address(self._layer, expert)
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]
@@ -122,5 +220,15 @@ class ExpertsCompute:
             outputs[here] = fused(x, data, specs, weights[here], part)
         if whole is not None:
             return whole.to(hidden.dtype).unsqueeze(0)
-        total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs)
+        total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs.unsqueeze(0))[0]
         return total.to(hidden.dtype).unsqueeze(0)
+
+
+def _mean_weights(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> list[float]:
+    """The weight of every expert of a layer, the mean over the tokens."""
+    index = top_k_index.reshape(-1)
+    index = index.where((index >= 0) & (index < experts), experts)
+    total = top_k_weights.new_zeros(experts + 1, dtype=torch.float32)
+    total.index_add_(0, index, top_k_weights.reshape(-1).float())
+    means: list[float] = (total / len(top_k_index)).tolist()
+    return means

@@ -88,6 +88,16 @@ class MappedRecords:
         at = self._pack.layers[layer][expert]
         return at.descriptor == descriptor and 0 <= offset - at.offset < at.spec.nbytes
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """See :class:`Residency`."""
+        if (layer, expert) not in self._checked:
+            return None
+        return self._view(self._pack.layers[layer][expert], layer, expert).data_ptr()
+
+    def check_used(self, layer: int) -> None:
+        """See :class:`Residency`."""
+        self._check_used(layer, range(len(self._pack.layers[layer])))
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:
@@ -100,6 +110,13 @@ class MappedRecords:
         """See :class:`Residency`. Mapped pages are the kernel's to take back."""
         if self._limit is not None and self._limit.room(nbytes) < 0:
             raise self._limit.error()
+
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Nothing: the page cache has a policy of its own."""
+
+    def resident(self, layer: int) -> list[int]:
+        """All: what is in the page cache cannot be told."""
+        return list(range(len(self._pack.layers[layer])))
 
     def describe(self) -> str:
         """See :class:`Residency`."""

@@ -11,9 +11,12 @@ from typing import Any
 
 from moepack_formats.errors import UsageError
 
+from .policies import Key, check_runnable
+
 IO_MODES = ("auto", "direct", "buffered", "mmap")
 ENGINES = ("auto", "native", "reference")
 ACTIVATIONS = ("int8", "float")
+SCOPES = ("global", "layer")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -32,23 +35,33 @@ class RuntimeOptions:
             budget and reads directly otherwise.
         prefetch: Whether the next layer's experts are guessed and read early.
         policy: Which cached expert gives way: a file in ``policies``.
+        scope: ``global`` when all layers share the slots, ``layer`` when each has an equal part.
+        pins: Experts that stay once they were read, the most wanted first; they fill at most half
+            of the slots. :func:`moepack_runtime.trace.most_used` finds them in a trace.
+        cache_bias: How much routing is nudged towards resident experts, as a share of the spread
+            of a token's router scores; not 0 changes what the model says.
         io_threads: Threads that read; None for as many as the disk was measured to need.
         engine: What computes with packed weights: ``native``, ``reference``, or ``auto`` for
             native where it was built.
         activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
             bits; see :func:`moepack_runtime.kernels.select`.
         threads: Threads of the native kernels; None for as many as torch has.
+        tape: Whether decoding is recorded and played by the native library, where it can be.
     """
 
     ram: int | None = None
     slots: int | None = None
     io: str = "auto"
     prefetch: bool = True
-    policy: str = "lru"
+    policy: str = "lfu"
+    scope: str = "global"
+    pins: tuple[Key, ...] = ()
+    cache_bias: float = 0.0
     io_threads: int | None = None
     engine: str = "auto"
     activations: str = "int8"
     threads: int | None = None
+    tape: bool = True
 
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:
@@ -63,9 +76,13 @@ class RuntimeOptions:
         for name, value, known in (
             ("engine", self.engine, ENGINES),
             ("activations", self.activations, ACTIVATIONS),
+            ("scope", self.scope, SCOPES),
         ):
             if value not in known:
                 raise UsageError(f"unknown {name}", wanted=" or ".join(known), got=value)
+        if not 0 <= self.cache_bias <= 1:
+            raise UsageError("not a cache bias", wanted="0 to 1", got=self.cache_bias)
+        check_runnable(self.policy)
 
 
 _DEFAULT = RuntimeOptions()

@@ -23,13 +23,16 @@ from moepack_formats import FORMAT_VERSION
 from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import Pack
 
+from .cache_bias import CacheBias
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
 from .hub.cache import complete_snapshot
 from .kernels import select
+from .kernels.native_engine import NativeEngine
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import leave_embeddings, swap_modules
+from .policies import Key
 from .prefetch import Speculator
 from .residency import Residency, open_budget, open_residency
 from .statistics import Statistics
@@ -37,6 +40,8 @@ from .trunk import check_fits, check_trunk, copy_out_of_files, trunk_nbytes
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
+
+    from .tape import TapeForward
 
 
 class PackRuntime:
@@ -47,7 +52,12 @@ class PackRuntime:
         stats: Counters.
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
+        bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
+        adapters: The experts modules, without their weights.
+        layers: What each of them computes with.
+        tape: Plays tokens; None where nothing is recorded.
+        budget: What the process may take, and what it needs.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
@@ -59,10 +69,12 @@ class PackRuntime:
         dtype: torch.dtype,
     ) -> None:
         self.pack, self.stats = pack, Statistics()
+        self.tape: TapeForward | None = None
         self.left_in_file: list[str] = []
         options = current_options()
-        adapters = find_experts(model)
+        self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
+        _check_pins(pack, options.pins)
         for adapter in adapters:
             adapter.strip()
         self.engine = select(options.engine, options.activations, options.threads)
@@ -71,12 +83,12 @@ class PackRuntime:
         budget = open_budget(pack, options)
         if not budget.holds(trunk_nbytes(model, dtype)):
             self.left_in_file = leave_embeddings(model, pack)
-        self.residency: Residency = open_residency(
-            pack, options, budget.with_trunk(trunk_nbytes(model, dtype)), self.stats
-        )
-        self.speculator = (
-            Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
-        )
+        self.budget = budget.with_trunk(trunk_nbytes(model, dtype))
+        self.residency: Residency = open_residency(pack, options, self.budget, self.stats)
+        self.layers: list[ExpertsCompute] = []
+        shared = adapters, self.residency, self.stats
+        self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
+        self.speculator = Speculator(model, *shared, self.bias) if options.prefetch else None
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -86,8 +98,20 @@ class PackRuntime:
                 self.speculator,
                 self.stats,
                 self.engine,
+                self.bias,
             )
+            self.layers.append(compute)
             adapter.install(compute)
+        if self.bias is not None:
+            self.bias.install(model)
+
+    def record_decoding(self, model: PreTrainedModel) -> None:
+        """Let the native library decode, where the model can be recorded."""
+        from .tape import install  # needs all of transformers
+
+        # A bias decides anew for every token what a router gives out.
+        if isinstance(self.engine, NativeEngine) and current_options().tape and not self.bias:
+            self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -162,6 +186,7 @@ class MoepackQuantizer(HfQuantizer):
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
+        runtime.record_decoding(model)
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
         return model
@@ -237,6 +262,17 @@ def _check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdap
                     wanted=f"down {list(shape)}",
                     got=None if down is None else list(down.shape),
                 )
+
+
+def _check_pins(pack: Pack, pins: tuple[Key, ...]) -> None:
+    for layer, expert in pins:
+        if layer >= len(pack.layers) or expert >= len(pack.layers[layer]):
+            raise UsageError(
+                "the trace with the experts to pin is of another model",
+                where=pack.folder,
+                got=f"layer {layer}, expert {expert}",
+                remedy="record one with `moepack trace`",
+            )
 
 
 def _untie_packed(model: PreTrainedModel, pack: Pack) -> None:

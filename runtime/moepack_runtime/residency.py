@@ -35,6 +35,16 @@ class Residency(Protocol):
         The records of a turn are valid together, until the next turn is asked for.
         """
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """Where a record that was fetched before stays until the end; None where none stays."""
+
+    def check_used(self, layer: int) -> None:
+        """Records of a layer were used by their address; were they all there?
+
+        Raises:
+            ResourceError: A file was truncated meanwhile.
+        """
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 
@@ -44,6 +54,12 @@ class Residency(Protocol):
         Raises:
             ResourceError: The budget does not allow it.
         """
+
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """A layer's router has chosen; see :class:`moepack_runtime.policies.Observing`."""
+
+    def resident(self, layer: int) -> list[int]:
+        """The experts of a layer that need no reading, or are being read already."""
 
     def describe(self) -> str:
         """One line for a person: mode and capacity."""

@@ -21,15 +21,14 @@ from moepack_formats.pack import Pack
 
 from .arena import Arena
 from .budget import MemoryLimit
+from .cache_policy import make_policy
 from .calibrate import io_threads
 from .io_pool import DEMAND, SPECULATION, IoPool, Read
 from .options import RuntimeOptions, format_size
-from .policies import Key, get_policy
+from .policies import Key, Observing
 from .record_reader import RecordReader
+from .slot_shares import reserved_slots
 from .statistics import Statistics
-
-MAX_STAGED = 8
-"""Guessed experts that may wait in slots at a time, at most a quarter of the slots."""
 
 SLACK = 16 << 20
 """Bytes left free for what a token may take before the next look at the process's memory."""
@@ -65,14 +64,21 @@ class _SizeClass:
         demanded: Number of slots with demanded records.
     """
 
-    def __init__(self, arena: Arena, records: int, policy: str) -> None:
-        self.arena, self._records = arena, records
+    def __init__(self, arena: Arena, records: list[Key], options: RuntimeOptions) -> None:
+        self.arena, self._records = arena, len(records)
+        self._prefetch = options.prefetch
         self.free = list(range(arena.slots))
         self.parked: list[int] = []
         self.untouched = set(self.free)
-        self.policy = get_policy(policy)()
         self.staged: deque[Key] = deque()
         self.demanded = 0
+        self.policy = make_policy(
+            options.policy,
+            self.demanded_limit,
+            records,
+            scope=options.scope,
+            pins=options.pins,
+        )
 
     @property
     def slots(self) -> int:
@@ -82,8 +88,7 @@ class _SizeClass:
     @property
     def demanded_limit(self) -> int:
         """Slots that demanded experts may fill; the others wait for guesses."""
-        slots = self.slots
-        return slots if slots >= self._records else slots - min(MAX_STAGED, slots // 4)
+        return self.slots - reserved_slots(self.slots, self._records, prefetch=self._prefetch)
 
     @property
     def nbytes(self) -> int:
@@ -130,11 +135,14 @@ class SlotCache:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, _Entry] = {}
         self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
-        sizes = record_sizes(pack)
         self._classes = {
-            nbytes: _SizeClass(Arena(nbytes, slots, device, stream), sizes[nbytes], options.policy)
-            for nbytes, slots in _divide(budget, sizes, options.slots).items()
+            nbytes: _SizeClass(
+                Arena(nbytes, slots, device, stream), _records_of_size(pack, nbytes), options
+            )
+            for nbytes, slots in divide_budget(budget, record_sizes(pack), options.slots).items()
         }
+        policies = [size.policy for size in self._classes.values()]
+        self._observers = [policy for policy in policies if isinstance(policy, Observing)]
         self._reader = RecordReader(pack, direct=options.io != "buffered")
         self._threads = options.io_threads or io_threads(pack, self._reader)
         self._io = IoPool(self._threads)
@@ -199,7 +207,7 @@ class SlotCache:
         for key in keys:
             if key not in self._entries:
                 size = self._class_of(key)
-                if size.demanded >= size.demanded_limit and not self._evict(size):
+                if size.demanded >= size.demanded_limit and not self._evict(size, key):
                     return
                 if not size.free and not self._drop_staged(size, None):
                     return
@@ -257,6 +265,13 @@ class SlotCache:
             for entry in pending:
                 entry.pins -= 1
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """None: a slot may be given to another record; see :class:`Residency`."""
+        return None
+
+    def check_used(self, layer: int) -> None:
+        """Nothing: addresses are never given; see :class:`Residency`."""
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
         for expert in experts:
@@ -269,6 +284,16 @@ class SlotCache:
             entry = self._read(key, size.free.pop(), guessed=True)
             size.staged.append(entry.key)
             self._stats.speculative_reads += 1
+
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """See :class:`Residency`."""
+        for policy in self._observers:
+            policy.observe(layer, experts, weights)
+
+    def resident(self, layer: int) -> list[int]:
+        """See :class:`Residency`."""
+        experts = range(len(self._pack.layers[layer]))
+        return [expert for expert in experts if (layer, expert) in self._entries]
 
     def _at(self, key: Key) -> RecordLocation:
         return self._pack.layers[key[0]][key[1]]
@@ -301,14 +326,14 @@ class SlotCache:
         self._count_in(entry, size)
         self._stats.speculative_used += 1
         if size.demanded > size.demanded_limit:
-            self._evict(size)
+            self._evict(size, entry.key)
 
     def _start(self, key: Key, pending: list[_Entry]) -> bool:
         """Begin reading a missing record if a slot can be had."""
         size = self._class_of(key)
         while not size.free or size.demanded >= size.demanded_limit:
             if size.demanded >= size.demanded_limit:
-                if self._evict(size):
+                if self._evict(size, key):
                     continue
                 # What a pass that was given up had asked for may still be on its way.
                 left = [e.reading for e in self._entries.values() if self._is_left(e, size)]
@@ -382,14 +407,14 @@ class SlotCache:
                 return True
         return False
 
-    def _evict(self, size: _SizeClass) -> bool:
+    def _evict(self, size: _SizeClass, incoming: Key | None = None) -> bool:
         """Give up the demanded record that the policy names."""
 
         def usable(key: Key) -> bool:
             entry = self._entries[key]
             return entry.pins == 0 and entry.reading.done and key not in self._wanted
 
-        victim = size.policy.victim(usable)
+        victim = size.policy.victim(usable, incoming)
         if victim is None:
             return False
         self._release(self._entries[victim])
@@ -410,7 +435,16 @@ class SlotCache:
         size.free.append(entry.slot)
 
 
-def _divide(budget: int, sizes: dict[int, int], most: int | None = None) -> dict[int, int]:
+def _records_of_size(pack: Pack, nbytes: int) -> list[Key]:
+    return [
+        (layer, expert)
+        for layer, records in enumerate(pack.layers)
+        for expert, at in enumerate(records)
+        if at.spec.nbytes == nbytes
+    ]
+
+
+def divide_budget(budget: int, sizes: dict[int, int], most: int | None = None) -> dict[int, int]:
     """Slots for each record size: all that exist, or shares of the budget by total bytes.
 
     Args:

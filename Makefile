@@ -21,7 +21,7 @@ LAYERS ?= 2
 TESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert quality docs-cli clean
+.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert bench-memory quality docs-cli clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ CALIBRATE ?= tests/assets/text/tiny-moe-valid.txt
 
 quality: $(STAMP)  ## size against quality of a model's experts (MODEL=, TEXT=, CALIBRATE=)
 	@$(PY) tests/bench/quality.py $(MODEL) --text $(TEXT) --calibrate $(CALIBRATE) $(QUALITYFLAGS)
+
+bench-memory: $(STAMP)  ## a model larger than memory against llama.cpp (as root: under a real limit)
+	@$(PY) tests/bench/memory.py $(MEMORYFLAGS)
 
 docs-cli: $(STAMP)  ## write docs/cli.md from the command line's own help
 	@$(PY) docs/generate_cli.py

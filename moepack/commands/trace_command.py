@@ -122,14 +122,9 @@ def _record(model: Any, ids: Tensor, ahead: int, writer: TraceWriter) -> tuple[i
 
 
 def _info(model: Any, ids: Tensor, ahead: int, top_k: int) -> TraceInfo:
-    from moepack_runtime.options import RuntimeOptions
-    from moepack_runtime.residency import open_budget
     from moepack_runtime.trace import TraceInfo
-    from moepack_runtime.trunk import trunk_nbytes
 
     runtime = model.moepack
-    trunk = trunk_nbytes(model, model.dtype)
-    budget = open_budget(runtime.pack, RuntimeOptions()).with_trunk(trunk)
     manifest = (runtime.pack.folder / MANIFEST_NAME).read_bytes()
     return TraceInfo(
         pack=hashlib.sha256(manifest).hexdigest(),
@@ -139,7 +134,7 @@ def _info(model: Any, ids: Tensor, ahead: int, top_k: int) -> TraceInfo:
         ),
         top_k=top_k,
         ahead=ahead,
-        fixed_nbytes=budget.nbytes - budget.for_slots,
+        fixed_nbytes=runtime.budget.fixed,
         compute_ms=_compute_ms(model, ids),
         disk_mbps=_disk_mbps(runtime.pack.folder),
     )

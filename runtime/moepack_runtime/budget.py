@@ -60,9 +60,14 @@ class Budget:
     everything: int
 
     @property
+    def fixed(self) -> int:
+        """What is not for experts."""
+        return self.process + self.trunk + self.work
+
+    @property
     def for_slots(self) -> int:
         """What is left for experts; negative when not even the trunk fits."""
-        return self.nbytes - self.process - self.trunk - self.work
+        return self.nbytes - self.fixed
 
     def with_trunk(self, nbytes: int) -> Budget:
         """The same with a trunk of ``nbytes``."""
@@ -78,7 +83,7 @@ class Budget:
         Raises:
             ResourceError: The message says the need.
         """
-        least = self.nbytes - self.for_slots + self.smallest
+        least = self.fixed + self.smallest
         if self.nbytes < least:
             raise ResourceError(
                 "not enough memory for the smallest working set",

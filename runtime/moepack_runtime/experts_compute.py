@@ -87,6 +87,7 @@ class ExpertsCompute:
             if 0 <= expert < self._adapter.num_experts
         }
         needed = list(places)
+        self._residency.make_room(self._work_nbytes(*top_k_index.shape))
         means = _mean_weights(top_k_index, top_k_weights, self._adapter.num_experts)
         self._announce(top_k_index, top_k_weights, needed, [means[expert] for expert in needed])
         if fused is not None and fused.takes(len(top_k_index)):
@@ -99,7 +100,6 @@ class ExpertsCompute:
         """Any number of tokens and any activation."""
         tokens, choices = top_k_weights.shape
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
-        self._residency.make_room(self._work_nbytes(tokens, choices))
         outputs = hidden.new_zeros(tokens * choices, hidden.shape[-1], dtype=dtype)
         weights = top_k_weights.reshape(-1, 1)
         for expert, record in self._residency.fetch(self._layer, list(places)):
@@ -108,6 +108,16 @@ class ExpertsCompute:
             y = self._engine.expert(record, spec, self._adapter, hidden[here // choices])
             outputs[here] = y * weights[here]
         return outputs.view(tokens, choices, -1).sum(dim=1).to(hidden.dtype)
+
+    def _work_nbytes(self, tokens: int, choices: int) -> int:
+        """Memory that several tokens take.
+
+        An expert as dense float32, every output twice, and what the layer around has of that size.
+        """
+        hidden, width = self._adapter.hidden_size, self._adapter.intermediate_size
+        dense = max(at.spec.parameters for at in self._records)
+        rows = tokens * (2 * choices * hidden + 6 * hidden + 3 * width)
+        return 4 * (dense + rows)
 
     def _many_tokens(
         self,
@@ -118,7 +128,6 @@ class ExpertsCompute:
     ) -> Tensor:
         """Each expert in one call with all of its tokens."""
         tokens, choices = top_k_weights.shape
-        self._residency.make_room(self._work_nbytes(tokens, choices))
         x, weights = hidden.float().contiguous(), top_k_weights.float().reshape(-1)
         filled = sum(map(len, places.values())) == tokens * choices
         make = torch.empty if filled else torch.zeros
@@ -151,19 +160,9 @@ class ExpertsCompute:
             return
         self._stats.hits += self._native.demanded
         self._native.demanded = 0
+        self._residency.check_used(self._layer)
         if self._layer == 0:
-            self._stats.tokens += 1
-            self._residency.check()
-
-    def _work_nbytes(self, tokens: int, choices: int) -> int:
-        """Memory that several tokens take.
-
-        An expert as dense float32, every output twice, and what the layer around has of that size.
-        """
-        hidden, width = self._adapter.hidden_size, self._adapter.intermediate_size
-        dense = max(at.spec.parameters for at in self._records)
-        rows = tokens * (2 * choices * hidden + 6 * hidden + 3 * width)
-        return 4 * (dense + rows)
+            self._residency.make_room(0)
 
     def _announce(
         self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
@@ -208,10 +207,10 @@ class ExpertsCompute:
             weights = weights[places]
         of_expert = dict(zip(chosen, weights.tolist(), strict=True))
         self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
+        outputs = whole = None
         if self._table is not None:
             for expert in needed:
                 self._table[expert] = self._residency.address(self._layer, expert)
-        outputs = whole = None
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]

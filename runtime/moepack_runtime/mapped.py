@@ -70,12 +70,6 @@ class MappedRecords:
         self._stats.bytes_read += at.spec.nbytes
         return record
 
-    def check(self) -> None:
-        """See :class:`Residency`."""
-        for layer, records in enumerate(self._pack.layers):
-            self._check_used(layer, range(len(records)))
-        self.make_room(0)
-
     def _check_used(self, layer: int, experts: Sequence[int]) -> None:
         """Raise when a page that was used was not in the file any more."""
         for descriptor in {self._pack.layers[layer][expert].descriptor for expert in experts}:
@@ -100,6 +94,10 @@ class MappedRecords:
             return None
         return self._view(self._pack.layers[layer][expert], layer, expert).data_ptr()
 
+    def check_used(self, layer: int) -> None:
+        """See :class:`Residency`."""
+        self._check_used(layer, range(len(self._pack.layers[layer])))
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:
@@ -108,17 +106,17 @@ class MappedRecords:
                 os.posix_fadvise(at.descriptor, at.offset, at.spec.nbytes, os.POSIX_FADV_WILLNEED)
                 self._stats.speculative_reads += 1
 
+    def make_room(self, nbytes: int) -> None:
+        """See :class:`Residency`. Mapped pages are the kernel's to take back."""
+        if self._limit is not None and self._limit.room(nbytes) < 0:
+            raise self._limit.error()
+
     def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """Nothing: the page cache has a policy of its own."""
 
     def resident(self, layer: int) -> list[int]:
         """All: what is in the page cache cannot be told."""
         return list(range(len(self._pack.layers[layer])))
-
-    def make_room(self, nbytes: int) -> None:
-        """See :class:`Residency`. Mapped pages are the kernel's to take back."""
-        if self._limit is not None and self._limit.room(nbytes) < 0:
-            raise self._limit.error()
 
     def describe(self) -> str:
         """See :class:`Residency`."""

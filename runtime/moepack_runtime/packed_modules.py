@@ -89,11 +89,12 @@ class PackedEmbedding(nn.Module):
         wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
         if self.packed is None:
             assert self._file is not None  # one of the two is there
-            rows, read = len(wanted) * TILE_ROWS, self._file.read(wanted.tolist())
-            tiles = self.engine.decode(read, self.scheme, (rows, self.embedding_dim), self.dtype)
+            shape = len(wanted) * TILE_ROWS, self.embedding_dim
+            read = self._file.read(wanted.tolist())
+            rows = self.engine.decode(read, self.scheme, shape, self.dtype)
         else:
-            tiles = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
-        return tiles[place * TILE_ROWS + ids % TILE_ROWS]
+            rows = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
+        return rows[place * TILE_ROWS + ids % TILE_ROWS]
 
     def extra_repr(self) -> str:
         """One line for print(model)."""

@@ -57,6 +57,7 @@ class PackRuntime:
         adapters: The experts modules, without their weights.
         layers: What each of them computes with.
         tape: Plays tokens; None where nothing is recorded.
+        budget: What the process may take, and what it needs.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
@@ -82,9 +83,8 @@ class PackRuntime:
         budget = open_budget(pack, options)
         if not budget.holds(trunk_nbytes(model, dtype)):
             self.left_in_file = leave_embeddings(model, pack)
-        self.residency: Residency = open_residency(
-            pack, options, budget.with_trunk(trunk_nbytes(model, dtype)), self.stats
-        )
+        self.budget = budget.with_trunk(trunk_nbytes(model, dtype))
+        self.residency: Residency = open_residency(pack, options, self.budget, self.stats)
         self.layers: list[ExpertsCompute] = []
         shared = adapters, self.residency, self.stats
         self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None

@@ -38,14 +38,15 @@ class Residency(Protocol):
     def address(self, layer: int, expert: int) -> int | None:
         """Where a record that was fetched before stays until the end; None where none stays."""
 
+    def check_used(self, layer: int) -> None:
+        """Records of a layer were used by their address; were they all there?
+
+        Raises:
+            ResourceError: A file was truncated meanwhile.
+        """
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
-
-    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
-        """A layer's router has chosen; see :class:`moepack_runtime.policies.Observing`."""
-
-    def resident(self, layer: int) -> list[int]:
-        """The experts of a layer that need no reading, or are being read already."""
 
     def make_room(self, nbytes: int) -> None:
         """The caller is about to take this much memory for itself.
@@ -54,12 +55,11 @@ class Residency(Protocol):
             ResourceError: The budget does not allow it.
         """
 
-    def check(self) -> None:
-        """See that what :meth:`address` has named was still there when it was read.
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """A layer's router has chosen; see :class:`moepack_runtime.policies.Observing`."""
 
-        Raises:
-            ResourceError: It was not; names layer and expert.
-        """
+    def resident(self, layer: int) -> list[int]:
+        """The experts of a layer that need no reading, or are being read already."""
 
     def describe(self) -> str:
         """One line for a person: mode and capacity."""

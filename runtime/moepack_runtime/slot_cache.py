@@ -65,7 +65,8 @@ class _SizeClass:
     """
 
     def __init__(self, arena: Arena, records: list[Key], options: RuntimeOptions) -> None:
-        self.arena, self._records, self._prefetch = arena, len(records), options.prefetch
+        self.arena, self._records = arena, len(records)
+        self._prefetch = options.prefetch
         self.free = list(range(arena.slots))
         self.parked: list[int] = []
         self.untouched = set(self.free)
@@ -134,12 +135,11 @@ class SlotCache:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, _Entry] = {}
         self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
-        sizes = record_sizes(pack)
         self._classes = {
             nbytes: _SizeClass(
                 Arena(nbytes, slots, device, stream), _records_of_size(pack, nbytes), options
             )
-            for nbytes, slots in divide_budget(budget, sizes, options.slots).items()
+            for nbytes, slots in divide_budget(budget, record_sizes(pack), options.slots).items()
         }
         policies = [size.policy for size in self._classes.values()]
         self._observers = [policy for policy in policies if isinstance(policy, Observing)]
@@ -269,6 +269,9 @@ class SlotCache:
         """None: a slot may be given to another record; see :class:`Residency`."""
         return None
 
+    def check_used(self, layer: int) -> None:
+        """Nothing: addresses are never given; see :class:`Residency`."""
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
         for expert in experts:
@@ -281,9 +284,6 @@ class SlotCache:
             entry = self._read(key, size.free.pop(), guessed=True)
             size.staged.append(entry.key)
             self._stats.speculative_reads += 1
-
-    def check(self) -> None:
-        """Nothing: no address was named."""
 
     def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """See :class:`Residency`."""

@@ -49,7 +49,7 @@ def run(model: Any, ids: list[int], context: int) -> tuple[list[float], list[int
         if i % context == 0:
             cache = None
         start = time.perf_counter()
-        out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         seconds.append(time.perf_counter() - start)
         if i % 100 == 99:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int)
     parser.add_argument("--io", default="auto")
     parser.add_argument("--io-threads", type=int)
-    parser.add_argument("--policy", default="lru")
+    parser.add_argument("--policy", default="lfu")
     parser.add_argument("--prefetch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warm", type=int, default=16)

@@ -139,9 +139,8 @@ class Player:
         module: PackedLinear | TiedHead = what.subject
         x, out = step.arguments[0], step.results[0]
         source = module.source if isinstance(module, TiedHead) else module
-        rows, cols = source.shape
-        packed = source.packed
-        assert packed is not None  # a head needs all of it
+        packed, (rows, cols) = source.packed, source.shape
+        assert packed is not None  # only embeddings that nothing multiplies with are left in files
         if not is_floats(x, out) or x.numel() != cols:
             raise CannotRecord("a packed matrix gets something else than one float32 token")
         steps, x = self._contiguous(x)
@@ -158,17 +157,18 @@ class Player:
     def _lower_embed(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         module: PackedEmbedding = what.subject
         ids, out = step.arguments[0], step.results[0]
-        if module.packed is None:  # it is read from its file
+        packed = module.packed
+        if packed is None:  # its tiles are read from the file, which takes Python
 
-            def read() -> None:
-                out.copy_(module.forward(ids))
+            def call() -> None:
+                out.copy_(module(ids).view(out.shape))
 
-            return read
+            return call
         if not is_floats(out) or ids.numel() != 1 or ids.dtype is not torch.int64:
             raise CannotRecord("an embedding gets something else than one token")
         number = _SCHEME_NUMBERS[module.scheme.name]
-        numbers = (number, module.packed.numel(), *module.shape)
-        return [embedding_step(out, module.packed, ids, numbers)]
+        numbers = (number, packed.numel(), *module.shape)
+        return [embedding_step(out, packed, ids, numbers)]
 
     def _lower_append(self, what: Opaque, step: Step) -> list[NativeStep]:
         found = NativeStep(op=Op.APPEND)

@@ -70,13 +70,27 @@ class Speculator:
             top_k_index: ``[T, K]``.
             needed: The experts in it.
         """
-        if self._finder is not None:
-            self._finder.found(layer, top_k_index)
-            if self._finder.done:
-                self._routers = self._finder.routers
-                self._finder = None
-                self._watch()
+        if self._looking(layer, top_k_index):
             return
+        self._score(layer, needed)
+        indices = self._ask(layer, top_k_index)
+        if indices is not None:
+            self._guess(layer + 1, indices.t().reshape(-1).tolist())
+        self._inputs.pop(layer, None)
+
+    def _looking(self, layer: int, top_k_index: Tensor) -> bool:
+        """Whether routers are still being looked for."""
+        if self._finder is None:
+            return False
+        self._finder.found(layer, top_k_index)
+        if self._finder.done:
+            self._routers = self._finder.routers
+            self._finder = None
+            self._watch()
+        return True
+
+    def _score(self, layer: int, needed: list[int]) -> None:
+        """Count how good the guess about a layer was."""
         guess = self._guesses.pop(layer, None)
         if guess is not None:
             counts = self._stats.layers.setdefault(layer, LayerGuesses())
@@ -84,21 +98,23 @@ class Speculator:
             counts.guessed += len(guess)
             counts.needed += len(needed)
             counts.right += len(guess.intersection(needed))
-        if len(top_k_index) <= MAX_TOKENS:
-            self._guess(layer, layer + 1)
-        self._inputs.pop(layer, None)
 
-    def _guess(self, layer: int, target: int) -> None:
-        router, seen = self._routers.get(target), self._inputs.get(layer)
-        if router is None or seen is None or self._given_up(target):
-            return
+    def _ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
+        """What the next layer's router picks, ``[T, K]``; None where it is not asked."""
+        router, seen = self._routers.get(layer + 1), self._inputs.get(layer)
+        if len(top_k_index) > MAX_TOKENS or router is None or seen is None:
+            return None
+        if self._given_up(layer + 1):
+            return None
         x, normed = seen
         with torch.no_grad():
             # Without a norm of the target's own, what this layer's router reads must do.
-            indices = router.ask(x, normed=normed or router.norm is None)
-        # First choices first; some routers also pick places without an expert.
-        choices = dict.fromkeys(indices.t().reshape(-1).tolist())
-        ranked = [expert for expert in choices if expert < self._experts[target]]
+            return router.ask(x, normed=normed or router.norm is None)
+
+    def _guess(self, target: int, indices: list[int]) -> None:
+        """Start reading what a router picked, first choices of all tokens first."""
+        # Some routers also pick places without an expert.
+        ranked = [e for e in dict.fromkeys(indices) if e < self._experts[target]]
         self._guesses[target] = set(ranked)
         self._residency.prefetch(target, ranked)
 

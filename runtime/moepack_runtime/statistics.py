@@ -32,6 +32,8 @@ class Statistics:
         bytes_read: Bytes of records read from files, guesses included.
         speculative_reads: Records read on a guess.
         speculative_used: Of these, records that were then demanded.
+        bytes_copied: Bytes of records copied to a GPU, guesses included.
+        computed_on_cpu: Demanded experts that the CPU computed for the GPU.
         tokens: Tokens that went through the first MoE layer.
         layers: Guesses by layer.
     """
@@ -41,6 +43,8 @@ class Statistics:
     bytes_read: int = 0
     speculative_reads: int = 0
     speculative_used: int = 0
+    bytes_copied: int = 0
+    computed_on_cpu: int = 0
     tokens: int = 0
     layers: dict[int, LayerGuesses] = field(default_factory=dict)
 
@@ -50,9 +54,17 @@ class Statistics:
 
     def add(self, other: Statistics) -> None:
         """Add the counters of another run."""
-        for name in ("hits", "misses", "bytes_read", "speculative_reads", "speculative_used"):
+        for name in (
+            "hits",
+            "misses",
+            "bytes_read",
+            "speculative_reads",
+            "speculative_used",
+            "bytes_copied",
+            "computed_on_cpu",
+            "tokens",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.tokens += other.tokens
         for layer, guesses in other.layers.items():
             mine = self.layers.setdefault(layer, LayerGuesses())
             mine.guessed += guesses.guessed

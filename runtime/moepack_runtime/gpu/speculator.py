@@ -1,0 +1,40 @@
+"""Guessing for a GPU: what the next layer's router picks reaches the host with this layer's picks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..prefetch import Speculator
+
+
+class DeviceSpeculator(Speculator):
+    """A :class:`Speculator` that leaves the transfer of indices to its caller."""
+
+    def ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
+        """What the router of the next layer picks, on the device.
+
+        Args:
+            layer: Ordinal of the MoE layer that is about to compute.
+            top_k_index: ``[T, K]``.
+
+        Returns:
+            ``[T, K]`` indices, or None where nothing is guessed.
+        """
+        if self._looking(layer, top_k_index):
+            return None
+        guess = self._ask(layer, top_k_index)
+        self._inputs.pop(layer, None)
+        return guess
+
+    def told(self, layer: int, needed: list[int], guess: torch.Tensor | None) -> None:
+        """The indices are on the host: score the guess about this layer, use that about the next.
+
+        Args:
+            layer: The layer that is about to compute.
+            needed: Its experts.
+            guess: What :meth:`ask` gave, in host memory.
+        """
+        self._score(layer, needed)
+        if guess is not None:
+            self._guess(layer + 1, guess.t().reshape(-1).tolist())

@@ -5,28 +5,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "glue.h"
 #include "tile.h"
 
 namespace moepack {
 namespace {
-
-constexpr int kLanes = 16;
-
-// Adding 1.5 * 2^23 leaves the nearest integer in the low bits; ties go to even.
-constexpr float kRound = 12582912.0f;
-constexpr int32_t kRoundBits = 0x4B400000;
-
-MOEPACK_INLINE int32_t float_bits(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-
-MOEPACK_INLINE float bits_float(int32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 
 void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
   float* out = row.x + block * kBlockCols;
@@ -39,7 +22,7 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
 }
 
 // 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
-MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
+MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
   for (int g = 0; g < 2; ++g)
     for (int i = 0; i < kLanes; ++i) {
@@ -68,7 +51,7 @@ MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int32_t* sums) {
       q[16 * g + i] = static_cast<int8_t>(code);
       sum += code;
     }
-    sums[g] = sum;
+    sums[g] = static_cast<int16_t>(sum);
   }
   return most / 127.0f;
 }
@@ -82,33 +65,12 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   float sum = 0;
   for (int64_t half = 0; half < 2; ++half) {
     int64_t at = 2 * block + half;
-    int32_t* sums = row.qsum16 + 2 * at;
+    int16_t* sums = row.qsum16 + 2 * at;
     row.step[at] = quantize_step(x + half * kStepCols, row.q + at * kStepCols, sums);
     sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
   }
   row.sum64[block] = sum;
 }
-
-// exp within 2 units in the last place (Cody & Waite reduction, minimax polynomial on +-ln(2)/2).
-MOEPACK_INLINE float exp_lane(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  float rounded = x * 1.44269504f + kRound;
-  int32_t n = float_bits(rounded) - kRoundBits;
-  float k = rounded - kRound;
-  float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // Unsigned, as NaN leaves garbage in n; p is NaN then and stays so.
-  return p * bits_float(static_cast<int32_t>((static_cast<uint32_t>(n) + 127u) << 23));
-}
-
-MOEPACK_INLINE float tanh_lane(float x) { return 1.0f - 2.0f / (exp_lane(2.0f * x) + 1.0f); }
 
 void activate(const moepack_activation& how, const float* gate, const float* up, float* h) {
   float z[kLanes], f[kLanes];
@@ -278,6 +240,8 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   fill_schemes<V, 0>(k);
   k.quantize_block = quantize_block, k.copy_block = copy_block, k.activate = activate;
   k.to_bf16 = to_bf16, k.read_sum = read_sum;
+  k.unary = unary, k.binary = binary, k.sum = sum, k.softmax = softmax;
+  k.dot = dot<V>, k.add_scaled = add_scaled<V>;
   return k;
 }
 

@@ -14,6 +14,7 @@ struct Portable {
   using Partial = Ints;
   using Floats = FloatWords;
   static constexpr int kTokens = 1;
+  static constexpr bool kPairs = false;
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {
     T v;

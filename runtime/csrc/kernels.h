@@ -12,7 +12,7 @@ struct Row {
   int8_t* q;        // [C] x ~ q * step
   float* step;      // [C / 32] absmax of 32 inputs / 127
   float* sum64;     // [C / 64] sums of q * step
-  int32_t* qsum16;  // [C / 16] sums of q
+  int16_t* qsum16;  // [C / 16] sums of q
 };
 
 // Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,
@@ -39,6 +39,16 @@ struct Kernels {
   void (*decode_tile[kSchemes])(const uint8_t* tile, int64_t cols, float* out, int64_t stride);
   void (*to_bf16)(const float* values, int64_t count, uint16_t* out);
   uint64_t (*read_sum)(const uint8_t* data, int64_t nbytes);
+  // The innermost loops of a tape's steps (glue.h); strides in elements.
+  void (*unary)(int kind, const double* scalar, const float* a, int64_t sa, float* out, int64_t so,
+                int64_t n);
+  void (*binary)(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out,
+                 int64_t so, int64_t n);
+  float (*dot)(const float* a, const float* b, int64_t n);
+  float (*sum)(const float* a, int64_t n);
+  void (*softmax)(const float* a, int64_t n, float* out);
+  // out[n] += scale * a[n]
+  void (*add_scaled)(const float* a, float scale, float* out, int64_t n);
 };
 
 extern const Kernels kPortable;

@@ -1,6 +1,8 @@
-// One token through the experts of one MoE layer.
+// Tokens through the experts of one MoE layer: one token through all of its experts, or many through
+// one expert.
 //
 // Letters: H hidden size, I intermediate size, E experts of this token.
+#include <algorithm>
 #include <cstring>
 
 #include "scratch.h"
@@ -31,38 +33,58 @@ void add_bias(float* values, const uint8_t* bias, int64_t tile) {
   for (int r = 0; r < kTileRows; ++r) values[r] += b[r];
 }
 
-// 64 values of an expert's intermediate, as inputs of down. The block is a multiple of an int8 step,
-// so the thread that computed it also quantizes it: one wait less.
-void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row& x, Row& h) {
+// Tokens whose intermediate values a thread holds at a time.
+constexpr int64_t kTokensTogether = 8;
+
+// Calls walk kernels on up to kTokensTogether tokens; out [tokens, 16].
+void walk_tile(int32_t scheme, bool int8, const uint8_t* tile, int64_t blocks, const Row* rows,
+               int64_t tokens, float* out) {
+  for (int64_t t = 0; t < tokens;) {
+    int together = walk_tokens(tokens - t);
+    kernels().tile[scheme][int8][walk_index(together)](tile, blocks, rows + t, out + t * kTileRows);
+    t += together;
+  }
+}
+
+// 64 values of an expert's intermediate for some tokens, as inputs of down. The block is a multiple
+// of an int8 step, so the thread that computed it also quantizes it: one wait less.
+void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row* x, Row* h,
+                        int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
   const uint8_t* bias = layer.bias(expert, at.first_bias);
   bool int8 = uses_int8(at.first_scheme, layer.mode);
-  TileFn walk = kernels().tile[at.first_scheme][int8][0];
   int64_t nbytes = kFormats[at.first_scheme].tile_nbytes(layer.hidden);
   int64_t blocks = ceil_div(layer.hidden, kBlockCols), parts = layer.gated ? 2 : 1;
   int64_t count = layer.intermediate - block * kBlockCols;
   if (count > kBlockCols) count = kBlockCols;
-  alignas(64) float values[kBlockCols], projected[2][kTileRows];
+  alignas(64) float values[kTokensTogether][kBlockCols];
+  alignas(64) float projected[2][kTokensTogether * kTileRows];
   for (int64_t i = 0; i * kTileRows < count; ++i) {
     int64_t tile = (block * (kBlockCols / kTileRows) + i) * parts;  // gate, up, gate, up, ...
     for (int64_t p = 0; p < parts; ++p) {
-      walk(layer.records[expert] + at.first + (tile + p) * nbytes, blocks, &x, projected[p]);
-      add_bias(projected[p], bias, tile + p);
+      walk_tile(at.first_scheme, int8, layer.records[expert] + at.first + (tile + p) * nbytes,
+                blocks, x, tokens, projected[p]);
+      for (int64_t t = 0; t < tokens; ++t) add_bias(projected[p] + t * kTileRows, bias, tile + p);
     }
-    kernels().activate(layer.activation, projected[0], layer.gated ? projected[1] : nullptr,
-                       values + i * kTileRows);
+    for (int64_t t = 0; t < tokens; ++t)
+      kernels().activate(layer.activation, projected[0] + t * kTileRows,
+                         layer.gated ? projected[1] + t * kTileRows : nullptr,
+                         values[t] + i * kTileRows);
   }
-  if (uses_int8(at.down_scheme, layer.mode)) kernels().quantize_block(values, count, h, block);
-  else kernels().copy_block(values, count, h, block);
+  bool down_int8 = uses_int8(at.down_scheme, layer.mode);
+  for (int64_t t = 0; t < tokens; ++t)
+    (down_int8 ? kernels().quantize_block : kernels().copy_block)(values[t], count, h[t], block);
 }
 
-void down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row& h, float* out) {
+void down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row* h, int64_t tokens,
+               float* out) {
   const moepack_layout& at = *layer.layouts[expert];
-  TileFn walk = kernels().tile[at.down_scheme][uses_int8(at.down_scheme, layer.mode)][0];
   int64_t nbytes = kFormats[at.down_scheme].tile_nbytes(layer.intermediate);
-  walk(layer.records[expert] + at.down + tile * nbytes, ceil_div(layer.intermediate, kBlockCols),
-       &h, out);
-  add_bias(out, layer.bias(expert, at.down_bias), tile);
+  walk_tile(at.down_scheme, uses_int8(at.down_scheme, layer.mode),
+            layer.records[expert] + at.down + tile * nbytes,
+            ceil_div(layer.intermediate, kBlockCols), h, tokens, out);
+  for (int64_t t = 0; t < tokens; ++t)
+    add_bias(out + t * kTileRows, layer.bias(expert, at.down_bias), tile);
 }
 
 int32_t check(const Layer& layer, int64_t experts) {
@@ -114,7 +136,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
     for (int64_t u = chunk * each; u < end; ++u)
-      intermediate_block(layer, u / blocks, u % blocks, input, h[u / blocks]);
+      intermediate_block(layer, u / blocks, u % blocks, &input, &h[u / blocks], 1);
   });
   // Every output is summed by one thread in the order of the experts: the same bits for any number
   // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
@@ -130,7 +152,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
     for (int64_t e = 0; e < count; ++e)
       for (int64_t t = begin; t < end; ++t) {
         alignas(64) float out[kTileRows];
-        down_tile(layer, e, t, h[e], out);
+        down_tile(layer, e, t, &h[e], 1, out);
         int64_t rows = hidden - t * kTileRows < kTileRows ? hidden - t * kTileRows : kTileRows;
         float* to = (outputs ? outputs + e * hidden : y) + t * kTileRows;
         for (int64_t r = 0; r < rows; ++r) {
@@ -142,10 +164,62 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   return MOEPACK_OK;
 }
 
-int32_t moepack_sum_rows(const float* rows, int64_t count, int64_t width, float* y) {
-  if (!rows || !y || count < 0 || width < 0) return MOEPACK_BAD_ARGUMENT;
-  for (int64_t i = 0; i < width; ++i) y[i] = 0.0f;
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t i = 0; i < width; ++i) y[i] += rows[k * width + i];
+int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count, int64_t width, float* y,
+                         int32_t threads) {
+  if (!rows || !y || tokens < 0 || count < 0 || width < 0 || threads < 1)
+    return MOEPACK_BAD_ARGUMENT;
+  for_chunks(threads, tokens, [&](int64_t t) {
+    float* out = y + t * width;
+    for (int64_t i = 0; i < width; ++i) out[i] = 0.0f;
+    for (int64_t k = 0; k < count; ++k)
+      kernels().add_scaled(rows + (t * count + k) * width, 1.0f, out, width);
+  });
+  return MOEPACK_OK;
+}
+
+int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout, int64_t hidden,
+                              int64_t intermediate, const moepack_activation* activation,
+                              int32_t gated, const float* x, const int64_t* tokens,
+                              const int64_t* places, const float* weights, int64_t count,
+                              float* outputs, int32_t mode, int32_t threads) {
+  if (!record || !layout || !activation || !x || !tokens || !places || !weights || !outputs ||
+      count < 0 || hidden < 1 || intermediate < 1 || threads < 1 ||
+      activation->kind < MOEPACK_SILU || activation->kind > MOEPACK_RELU2)
+    return MOEPACK_BAD_ARGUMENT;
+  Layer layer{&record, &layout, hidden, intermediate, *activation, gated != 0, mode};
+  if (int32_t refusal = check(layer, 1)) return refusal;
+
+  bool int8 = uses_int8(layout->first_scheme, mode);
+  static thread_local Scratch scratch;
+  scratch.reset(count * (row_nbytes(hidden) + row_nbytes(intermediate)) +
+                2 * Scratch::rounded(count * static_cast<int64_t>(sizeof(Row))));
+  Row *inputs = scratch.take<Row>(count), *h = scratch.take<Row>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    inputs[i] = take_row(scratch, hidden), h[i] = take_row(scratch, intermediate);
+  }
+  for_chunks(threads, ceil_div(count, kTokensTogether), [&](int64_t chunk) {
+    int64_t end = std::min(count, (chunk + 1) * kTokensTogether);
+    for (int64_t i = chunk * kTokensTogether; i < end; ++i)
+      fill_row(x + tokens[i] * hidden, hidden, int8, !int8, inputs[i]);
+  });
+  for_chunks(threads, ceil_div(intermediate, kBlockCols), [&](int64_t block) {
+    for (int64_t i = 0; i < count; i += kTokensTogether)
+      intermediate_block(layer, 0, block, inputs + i, h + i, std::min(count - i, kTokensTogether));
+  });
+  int64_t tiles = ceil_div(hidden, kTileRows);
+  int64_t each = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
+  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
+    for (int64_t t = chunk * each; t < std::min(tiles, (chunk + 1) * each); ++t)
+      for (int64_t i = 0; i < count; i += kTokensTogether) {
+        alignas(64) float out[kTokensTogether * kTileRows];
+        int64_t together = std::min(count - i, kTokensTogether);
+        down_tile(layer, 0, t, h + i, together, out);
+        int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
+        for (int64_t n = 0; n < together; ++n) {
+          float* to = outputs + places[i + n] * hidden + t * kTileRows;
+          for (int64_t r = 0; r < rows; ++r) to[r] = weights[i + n] * out[n * kTileRows + r];
+        }
+      }
+  });
   return MOEPACK_OK;
 }

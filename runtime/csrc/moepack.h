@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 1
+#define MOEPACK_ABI 2
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -58,7 +58,68 @@ MOEPACK_API int32_t moepack_experts(const uint8_t* const* records,
                                     const moepack_activation* activation, int32_t gated,
                                     const float* x, float* y, float* outputs, int32_t mode,
                                     int32_t threads);
-MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t count, int64_t width, float* y);
+/* Some tokens through one expert: outputs[places[i]] = weights[i] * expert(x[tokens[i]]), rows of H,
+ * for i below count. Rows of x and of outputs that are not named are not touched. */
+MOEPACK_API int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout,
+                                          int64_t hidden, int64_t intermediate,
+                                          const moepack_activation* activation, int32_t gated,
+                                          const float* x, const int64_t* tokens,
+                                          const int64_t* places, const float* weights,
+                                          int64_t count, float* outputs, int32_t mode,
+                                          int32_t threads);
+/* y[t] = sum over k of rows[t * count + k], in that order. */
+MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count,
+                                     int64_t width, float* y, int32_t threads);
+
+/* A tape: the steps of one token through a model, recorded once and run for every token after. What
+ * a step reads and writes are fixed addresses. Strides are in elements; a loop that an operand does
+ * not take part in has stride 0. */
+enum {
+  MOEPACK_PYTHON,    /* the caller does this step */
+  MOEPACK_UNARY,     /* out = f(a): size[4] loops; kind: see glue.h */
+  MOEPACK_BINARY,    /* out = f(a, b); b is scalar[0] where data[2] is NULL */
+  MOEPACK_REDUCE,    /* over the last loop, out's stride of it unused; kind 0 sum, 1 mean, 2 max */
+  MOEPACK_SOFTMAX,   /* along the last loop */
+  MOEPACK_TOPK,      /* along the last loop: out values, data[3] indices int64, number[0] of them */
+  MOEPACK_DENSE,     /* out[M,N] = a[M,K] b[N,K]^T + c[N]; number M, N, K; stride[.][0] of rows */
+  MOEPACK_PACKED,    /* out = packed linear of a; number scheme, nbytes, rows, cols; c the bias */
+  MOEPACK_EMBED,     /* out = row *a (int64) of a matrix b; number scheme, nbytes, rows, cols */
+  MOEPACK_APPEND,    /* key a and value b to the cache `extra`, at its end */
+  MOEPACK_ATTEND,    /* out[heads, width] from queries a[heads, width]; number heads, scalar scale */
+  MOEPACK_EXPERTS,   /* out[H] = experts of a[H], indices b int64 [K], weights c[K]; extra: see below */
+  MOEPACK_STEPS
+};
+
+typedef struct {
+  int32_t op, kind;
+  int64_t size[4];
+  int64_t stride[4][4]; /* of out, a, b, c */
+  void* data[4];        /* out, a, b, c */
+  double scalar[2];
+  int64_t number[4];
+  void* extra;
+} moepack_step;
+
+/* Keys and values of one layer: [heads, capacity, width]. The token being computed goes to `end`. */
+typedef struct {
+  float *keys, *values;
+  int64_t heads, key_width, value_width, capacity, end;
+} moepack_kv;
+
+/* The experts of one layer. A record that is NULL is not at hand: its step is the caller's. */
+typedef struct {
+  const uint8_t* const* records;
+  const moepack_layout* const* layouts;
+  int64_t experts, chosen, hidden, intermediate;
+  moepack_activation activation;
+  int32_t gated;
+  int64_t demanded; /* counts experts that were computed with here */
+} moepack_experts_layer;
+
+/* Runs steps[begin], ... and returns the index of the first that it did not do: `end`, a
+ * MOEPACK_PYTHON step, or a MOEPACK_EXPERTS step that lacks a record; -1 for bad arguments. */
+MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
+                                     int32_t mode, int32_t threads);
 
 /* Read every byte once and return their sum as 64-bit words: the speed of memory, to compare with. */
 MOEPACK_API uint64_t moepack_read(const uint8_t* data, int64_t nbytes, int32_t threads);

@@ -53,7 +53,7 @@ inline Row take_row(Scratch& scratch, int64_t cols) {
   row.q = scratch.take<int8_t>(padded);
   row.step = scratch.take<float>(padded / kStepCols);
   row.sum64 = scratch.take<float>(padded / kBlockCols);
-  row.qsum16 = scratch.take<int32_t>(padded / 16);
+  row.qsum16 = scratch.take<int16_t>(padded / 16);
   return row;
 }
 

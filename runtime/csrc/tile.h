@@ -213,16 +213,21 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
-        for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
-        for (int g = 0; g < groups; ++g, w += run, metadata += stored) {
-          int64_t col = half + g * F.group;
-          typename V::Ints scale, minimum;
-          load_small<V, F.scale_bits>(metadata, scale, minimum);
-          typename D::Total dot[N];
-          D::template dot<F.bits, F.group, N>(w, rows, col, dot);
-          for (int n = 0; n < N; ++n) {
-            high[n] = D::weigh(high[n], scale, dot[n]);
-            base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+        if constexpr (std::is_same_v<D, Int8Dot<V>> && V::kPairs && S == Q2G16S4) {
+          V::template pair_of_groups<N>(w, metadata, rows, half, high, base);
+          w += 2 * run, metadata += 2 * stored;
+        } else {
+          for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
+          for (int g = 0; g < groups; ++g, w += run, metadata += stored) {
+            int64_t col = half + g * F.group;
+            typename V::Ints scale, minimum;
+            load_small<V, F.scale_bits>(metadata, scale, minimum);
+            typename D::Total dot[N];
+            D::template dot<F.bits, F.group, N>(w, rows, col, dot);
+            for (int n = 0; n < N; ++n) {
+              high[n] = D::weigh(high[n], scale, dot[n]);
+              base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+            }
           }
         }
         for (int n = 0; n < N; ++n) {

@@ -52,6 +52,12 @@ class MappedRecords:
         """All at once; see :class:`Residency`."""
         yield dict(self.fetch(layer, experts))
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """See :class:`Residency`."""
+        if (layer, expert) not in self._checked:
+            return None
+        return self._view(self._pack.layers[layer][expert], layer, expert).data_ptr()
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:

@@ -36,6 +36,7 @@ class RuntimeOptions:
         activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
             bits; see :func:`moepack_runtime.kernels.select`.
         threads: Threads of the native kernels; None for as many as torch has.
+        tape: Whether decoding is recorded and played by the native library, where it can be.
     """
 
     ram: int | None = None
@@ -46,6 +47,7 @@ class RuntimeOptions:
     engine: str = "auto"
     activations: str = "int8"
     threads: int | None = None
+    tape: bool = True
 
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:

@@ -34,15 +34,18 @@ class PackedLinear(nn.Module):
         empty = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False)
         self.bias = empty if bias else None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """True ``(out_features, in_features)``."""
+        return self.out_features, self.in_features
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        shape = self.out_features, self.in_features
-        return self._engine.linear(x, self.packed, self.scheme, shape, self.bias)
+        return self._engine.linear(x, self.packed, self.scheme, self.shape, self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight ``[out_features, in_features]`` that the codes stand for."""
-        shape = self.out_features, self.in_features
-        return self._engine.decode(self.packed, self.scheme, shape, dtype)
+        return self._engine.decode(self.packed, self.scheme, self.shape, dtype)
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -69,11 +72,15 @@ class PackedEmbedding(nn.Module):
         nbytes = self.scheme.packed_nbytes(*entry.shape)
         self.register_buffer("packed", torch.empty(nbytes, dtype=torch.uint8))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """True ``(num_embeddings, embedding_dim)``."""
+        return self.num_embeddings, self.embedding_dim
+
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
-        shape = self.num_embeddings, self.embedding_dim
         wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
-        rows = self.engine.decode(self.packed, self.scheme, shape, self.dtype, wanted)
+        rows = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
         return rows[place * TILE_ROWS + ids % TILE_ROWS]
 
     def extra_repr(self) -> str:
@@ -89,11 +96,15 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)  # in a tuple, so that it is not a submodule twice
         self.bias = bias
 
+    @property
+    def source(self) -> PackedEmbedding:
+        """The embedding whose codes it reads."""
+        return self._embedding[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., embedding_dim]`` to logits ``[..., num_embeddings]``."""
-        source = self._embedding[0]
-        shape = source.num_embeddings, source.embedding_dim
-        return source.engine.linear(x, source.packed, source.scheme, shape, self.bias)
+        source = self.source
+        return source.engine.linear(x, source.packed, source.scheme, source.shape, self.bias)
 
 
 def swap_modules(

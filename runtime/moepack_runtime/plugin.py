@@ -26,6 +26,7 @@ from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_expe
 from .experts_compute import ExpertsCompute
 from .hub.cache import complete_snapshot
 from .kernels import select
+from .kernels.native_engine import NativeEngine
 from .options import current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
@@ -37,6 +38,8 @@ from .trunk import check_fits, check_trunk, trunk_nbytes
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
 
+    from .tape import TapeForward
+
 
 class PackRuntime:
     """What a loaded pack consists of besides its modules; ``model.moepack``.
@@ -47,6 +50,8 @@ class PackRuntime:
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
         engine: Computes with packed weights.
+        computes: For each experts module, what it computes with.
+        tape: Plays tokens; None where nothing is recorded.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class PackRuntime:
         dtype: torch.dtype,
     ) -> None:
         self.pack, self.stats = pack, Statistics()
+        self.tape: TapeForward | None = None
         options = current_options()
         adapters = find_experts(model)
         _check_layers(model, pack, adapters)
@@ -71,6 +77,7 @@ class PackRuntime:
         self.speculator = (
             Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
         )
+        self.computes: dict[nn.Module, ExpertsCompute] = {}
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -82,6 +89,14 @@ class PackRuntime:
                 self.engine,
             )
             adapter.install(compute)
+            self.computes[adapter.module] = compute
+
+    def record_decoding(self, model: PreTrainedModel) -> None:
+        """Let the native library decode, where the model can be recorded."""
+        from .tape import install  # needs all of transformers
+
+        if isinstance(self.engine, NativeEngine) and current_options().tape:
+            self.tape = install(model, dict(self.computes), self.engine)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -151,6 +166,7 @@ class MoepackQuantizer(HfQuantizer):
         register_experts_function()
         model.set_experts_implementation(IMPLEMENTATION)
         cast(Any, model).moepack = runtime
+        runtime.record_decoding(model)
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
         return model

@@ -32,6 +32,9 @@ class Residency(Protocol):
         The records of a turn are valid together, until the next turn is asked for.
         """
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """Where a record that was fetched before stays until the end; None where none stays."""
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 

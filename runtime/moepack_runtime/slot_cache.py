@@ -157,6 +157,10 @@ class SlotCache:
             for entry in pending:
                 entry.pins -= 1
 
+    def address(self, layer: int, expert: int) -> int | None:
+        """None: a slot may be given to another record; see :class:`Residency`."""
+        return None
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
         for expert in experts:

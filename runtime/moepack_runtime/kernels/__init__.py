@@ -25,8 +25,8 @@ from ..options import ENGINES
 _log = logging.getLogger(__name__)
 
 
-class OneToken(Protocol):
-    """The experts of one MoE layer at one token, in one call."""
+class FusedExperts(Protocol):
+    """The experts of one MoE layer, each call a whole expert or more."""
 
     def __call__(
         self,
@@ -42,8 +42,23 @@ class OneToken(Protocol):
         the same sum, to the bit.
         """
 
+    def takes(self, tokens: int) -> bool:
+        """Whether so many tokens of one pass are faster through ``tokens`` than matrix by matrix."""
+
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """Rows ``tokens`` [N] of ``x`` [T, H] through one expert, weighted, to rows ``places``."""
+
     def total(self, outputs: Tensor) -> Tensor:
-        """``[K, H]`` to ``[H]``."""
+        """``[T, K, H]`` to ``[T, H]``, summed in the order of K."""
 
 
 class Engine(Protocol):
@@ -78,8 +93,8 @@ class Engine(Protocol):
     ) -> Tensor:
         """One expert on its tokens, ``[N, H]`` to ``[N, H]``, without the router's weight."""
 
-    def one_token(self, adapter: ExpertsAdapter) -> OneToken | None:
-        """A layer in one call, where this engine has one for the module's activation."""
+    def fused(self, adapter: ExpertsAdapter) -> FusedExperts | None:
+        """Whole experts in one call, where this engine has that for the module's activation."""
 
 
 def select(

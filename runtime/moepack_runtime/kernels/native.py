@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.record import RecordSpec
 from moepack_formats.schemes import SCHEMES, TILE_ROWS, Scheme
 
-ABI = 1
+ABI = 2
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 _SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
@@ -51,6 +52,22 @@ class _Layout(ctypes.Structure):
     )
 
 
+class ExpertsLayer(ctypes.Structure):
+    """``moepack_experts_layer``: the experts of one layer whose records are at hand."""
+
+    _fields_ = (
+        ("records", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("chosen", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("activation", _Activation),
+        ("gated", ctypes.c_int32),
+        ("demanded", ctypes.c_int64),
+    )
+
+
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "moepack_isa": (ctypes.c_char_p, []),
@@ -67,7 +84,22 @@ _SIGNATURES = {
         _INT,
         [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT, *[_POINTER] * 3, _INT, _INT],
     ),
-    "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _POINTER]),
+    "moepack_expert_tokens": (
+        _INT,
+        [
+            *[_POINTER] * 2,
+            *[_LONG] * 2,
+            _POINTER,
+            _INT,
+            *[_POINTER] * 4,
+            _LONG,
+            _POINTER,
+            _INT,
+            _INT,
+        ],
+    ),
+    "moepack_sum_rows": (_INT, [_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT]),
+    "moepack_tape_run": (_LONG, [_POINTER, _LONG, _LONG, _INT, _INT]),
     "moepack_read": (ctypes.c_uint64, [_POINTER, _LONG, _INT]),
 }
 
@@ -332,6 +364,86 @@ class FusedExperts:
         assert result is not None  # one of the two was made
         return result
 
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+        *,
+        int8: bool,
+        threads: int,
+    ) -> None:
+        """Send N tokens through one expert; their weighted outputs go to rows of ``outputs``.
+
+        Args:
+            x: ``[T, H]`` float32.
+            record: The expert's record, uint8.
+            spec: Its layout.
+            tokens: ``[N]`` int64, rows of ``x``.
+            places: ``[N]`` int64, rows of ``outputs``.
+            weights: ``[N]`` float32, the router's.
+            outputs: ``[P, H]`` float32.
+            int8: Whether activations are rounded to 8 bits.
+            threads: How many to use.
+
+        Raises:
+            FormatError: The record is too short.
+            TypeError: A tensor has another dtype or is not on the CPU.
+            ValueError: A tensor has another shape or is not contiguous, or a row does not exist.
+        """
+        hidden, intermediate = self._sizes
+        count = len(tokens)
+        _check_bytes(record, spec.payload_nbytes, "record")
+        _check_rows(tokens, count, len(x), "tokens")
+        _check_rows(places, count, len(outputs), "places")
+        _check(
+            _library().moepack_expert_tokens(
+                record.data_ptr(),
+                ctypes.addressof(self._layout(spec)),
+                hidden,
+                intermediate,
+                ctypes.addressof(self._activation),
+                self._gated,
+                _check_floats(x, (len(x), hidden), "x"),
+                tokens.data_ptr(),
+                places.data_ptr(),
+                _check_floats(weights, (count,), "weights"),
+                count,
+                _check_floats(outputs, (len(outputs), hidden), "outputs"),
+                int8,
+                threads,
+            )
+        )
+
+    def layer(self, specs: Sequence[RecordSpec]) -> tuple[ExpertsLayer, ctypes.Array[Any]]:
+        """What a tape computes a whole layer with.
+
+        Args:
+            specs: The layout of every expert's record.
+
+        Returns:
+            The layer, and the table of its records' addresses, all of them still missing.
+        """
+        records = (_POINTER * len(specs))()
+        layouts = (_POINTER * len(specs))(*(ctypes.addressof(self._layout(s)) for s in specs))
+        hidden, intermediate = self._sizes
+        layer = ExpertsLayer(
+            ctypes.addressof(records),
+            ctypes.addressof(layouts),
+            len(specs),
+            0,
+            hidden,
+            intermediate,
+            self._activation,
+            self._gated,
+        )
+        layer.owner = (records, layouts, specs, self)  # addresses keep nothing alive
+        return layer, records
+
     def _layout(self, spec: RecordSpec) -> _Layout:
         known = self._layouts.get(id(spec))
         if known is None:
@@ -350,11 +462,24 @@ class FusedExperts:
         return known[1]
 
 
-def sum_rows(rows: Tensor) -> Tensor:
-    """Sum ``[K, H]`` float32 over K, one row after the other, to ``[H]``."""
-    _check_floats(rows, tuple(rows.shape), "rows")
-    y = rows.new_empty(rows.shape[1])
-    _check(_library().moepack_sum_rows(rows.data_ptr(), *rows.shape, y.data_ptr()))
+def play(steps: ctypes.Array[Any], begin: int, end: int, int8: bool, threads: int) -> int:
+    """Run steps of a tape; see ``moepack_tape_run`` in csrc/moepack.h.
+
+    Returns:
+        The first step that was not done, ``end`` when all were.
+    """
+    at = int(_library().moepack_tape_run(steps, begin, end, int8, threads))
+    if at < begin:
+        raise ValueError("the native library refused a tape")
+    return at
+
+
+def sum_rows(rows: Tensor, threads: int) -> Tensor:
+    """Sum ``[T, K, H]`` float32 over K, one row after the other, to ``[T, H]``."""
+    tokens, count, width = rows.shape
+    address = _check_floats(rows, (tokens, count, width), "rows")
+    y = rows.new_empty(tokens, width)
+    _check(_library().moepack_sum_rows(address, tokens, count, width, y.data_ptr(), threads))
     return y
 
 
@@ -390,6 +515,13 @@ def _check_floats(values: Tensor, shape: tuple[int, ...], name: str) -> int:
     if address % 4:
         raise ValueError(f"{name} does not start at a multiple of 4 bytes")
     return address
+
+
+def _check_rows(rows: Tensor, count: int, limit: int, name: str) -> None:
+    if rows.dtype is not torch.int64 or not rows.is_cpu or not rows.is_contiguous():
+        raise TypeError(f"{name} must be contiguous int64 on the CPU")
+    if rows.shape != (count,) or (count and not 0 <= int(rows.min()) <= int(rows.max()) < limit):
+        raise ValueError(f"{name} must be [{count}] rows below {limit}")
 
 
 def _check(status: int) -> None:

@@ -5,7 +5,9 @@ Shape letters: T tokens, H hidden size, I intermediate size, K experts of a toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,8 @@ from .activation import recognize
 from .reference import decode_projection
 
 SMALL_TOKENS = 8
-"""Up to this many tokens are multiplied with packed bytes; above, decoding once is faster."""
+"""Up to this many tokens float activations are multiplied with packed bytes; above, decoding the
+matrix once is faster. For int8 activations it never is."""
 
 
 class NativeEngine:
@@ -32,16 +35,26 @@ class NativeEngine:
     """
 
     def __init__(self, *, int8: bool, threads: int | None = None) -> None:
-        self._int8, self._own_threads = int8, threads
+        self.int8, self._own_threads = int8, threads
 
     @property
-    def _threads(self) -> int:
+    def threads(self) -> int:
+        """Threads that compute."""
         return self._own_threads or torch.get_num_threads()
 
     @property
     def name(self) -> str:
         """See :class:`moepack_runtime.kernels.Engine`."""
-        return f"native ({native.available()}, {'int8' if self._int8 else 'float'} activations)"
+        return f"native ({native.available()}, {'int8' if self.int8 else 'float'} activations)"
+
+    @contextmanager
+    def float_activations(self) -> Iterator[None]:
+        """Do not round activations inside the block."""
+        int8, self.int8 = self.int8, False
+        try:
+            yield
+        finally:
+            self.int8 = int8
 
     def linear(
         self,
@@ -53,7 +66,7 @@ class NativeEngine:
     ) -> Tensor:
         """See :class:`moepack_runtime.kernels.Engine`."""
         tokens = x.numel() // shape[1]
-        if not 0 < tokens <= SMALL_TOKENS:
+        if not self._from_packed(tokens, scheme):
             return F.linear(x, self.decode(packed, scheme, shape, x.dtype), bias)
         y = native.linear(
             x.reshape(tokens, -1).float().contiguous(),
@@ -61,10 +74,13 @@ class NativeEngine:
             scheme,
             shape,
             None if bias is None else bias.float(),
-            int8=self._int8,
-            threads=self._threads,
+            int8=self.int8,
+            threads=self.threads,
         )
         return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
+
+    def _from_packed(self, tokens: int, scheme: Scheme) -> bool:
+        return 0 < tokens <= SMALL_TOKENS or (tokens > 0 and self.int8 and not scheme.is_raw)
 
     def decode(
         self,
@@ -77,7 +93,7 @@ class NativeEngine:
         """See :class:`moepack_runtime.kernels.Engine`."""
         rows = shape[0] if tiles is None else TILE_ROWS * len(tiles)
         return native.decode(
-            packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=self._threads
+            packed, scheme, shape[1], rows, dtype, tiles=tiles, threads=self.threads
         )
 
     def expert(
@@ -88,7 +104,7 @@ class NativeEngine:
         hidden = adapter.activate(self._project(record, spec, first, x))
         return adapter.finish(self._project(record, spec, "down", hidden))
 
-    def one_token(self, adapter: ExpertsAdapter) -> _OneToken | None:
+    def fused(self, adapter: ExpertsAdapter) -> _Fused | None:
         """See :class:`moepack_runtime.kernels.Engine`."""
         activation = recognize(adapter)
         if activation is None:
@@ -96,7 +112,7 @@ class NativeEngine:
         fused = native.FusedExperts(
             adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation
         )
-        return _OneToken(fused, self._int8, self._own_threads)
+        return _Fused(fused, self)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -104,7 +120,7 @@ class NativeEngine:
         assert tensor is not None  # check_spec has seen it
         data = record[tensor.offset : tensor.offset + tensor.nbytes]
         scheme, (rows, cols) = get_scheme(tensor.scheme), tensor.shape
-        if 0 < len(x) <= SMALL_TOKENS:
+        if self._from_packed(len(x), scheme):
             stored = tensor.padded[0] if name == "gate_up" else rows
             y = self.linear(x, data, scheme, (stored, cols), None)
             if name == "gate_up":  # tiles of gate and up alternate
@@ -128,11 +144,11 @@ class NativeEngine:
         return dense.view(2, -1, cols)[:, : rows // 2].reshape(rows, cols)
 
 
-class _OneToken:
-    """See :class:`moepack_runtime.kernels.OneToken`."""
+class _Fused:
+    """See :class:`moepack_runtime.kernels.FusedExperts`."""
 
-    def __init__(self, fused: native.FusedExperts, int8: bool, threads: int | None) -> None:
-        self._fused, self._int8, self._threads = fused, int8, threads
+    def __init__(self, fused: native.FusedExperts, engine: NativeEngine) -> None:
+        self._fused, self._engine = fused, engine
 
     def __call__(
         self,
@@ -142,10 +158,30 @@ class _OneToken:
         weights: Tensor,
         outputs: Tensor | None = None,
     ) -> Tensor:
-        threads = self._threads or torch.get_num_threads()
-        return self._fused(
-            x, records, specs, weights, int8=self._int8, threads=threads, outputs=outputs
+        int8, threads = self._engine.int8, self._engine.threads
+        return self._fused(x, records, specs, weights, int8=int8, threads=threads, outputs=outputs)
+
+    def takes(self, tokens: int) -> bool:
+        return self._engine.int8 or tokens <= SMALL_TOKENS
+
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        int8, threads = self._engine.int8, self._engine.threads
+        self._fused.tokens(
+            x, record, spec, tokens, places, weights, outputs, int8=int8, threads=threads
         )
 
     def total(self, outputs: Tensor) -> Tensor:
-        return native.sum_rows(outputs)
+        return native.sum_rows(outputs, self._engine.threads)
+
+    def layer(self, specs: Sequence[RecordSpec]) -> tuple[native.ExpertsLayer, Any]:
+        """See :meth:`moepack_runtime.kernels.native.FusedExperts.layer`."""
+        return self._fused.layer(specs)

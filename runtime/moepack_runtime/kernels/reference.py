@@ -232,5 +232,5 @@ class ReferenceEngine:
         """See :class:`moepack_runtime.kernels.Engine`."""
         return expert_forward(record, spec, adapter, x)
 
-    def one_token(self, adapter: ExpertsAdapter) -> None:
+    def fused(self, adapter: ExpertsAdapter) -> None:
         """No fused call."""

@@ -41,7 +41,7 @@ def check(adapter: Any, *specs: RecordSpec, exact: float = 1e-5, fast: float = 2
     arguments = layer(*specs)
     wanted = reference_layer(adapter, x, *arguments)
     for engine, bound in ((EXACT, exact), (FAST, fast)):
-        fused = engine.one_token(adapter)
+        fused = engine.fused(adapter)
         assert fused is not None
         got = fused(x, *arguments)
         assert relative(got, wanted) < bound
@@ -50,7 +50,24 @@ def check(adapter: Any, *specs: RecordSpec, exact: float = 1e-5, fast: float = 2
         records, layouts, weights = arguments
         for k in range(len(specs)):
             fused(x, records[k : k + 1], layouts[k : k + 1], weights[k : k + 1], parts[k : k + 1])
-        assert torch.equal(fused.total(parts), got)
+        assert torch.equal(fused.total(parts.unsqueeze(0))[0], got)
+        check_tokens(fused, adapter, *arguments)
+
+
+def check_tokens(
+    fused: Any, adapter: Any, records: list[Tensor], specs: list[RecordSpec], weights: Tensor
+) -> None:
+    """Many tokens through one expert are as each of them alone; other rows are not touched."""
+    x = torch.randn(11, adapter.hidden_size, generator=torch.Generator().manual_seed(6))
+    tokens, places = torch.tensor([10, 3, 3, 0, 7, 5, 1, 9, 2]), torch.arange(20, 2, -2)
+    outputs = torch.full((22, adapter.hidden_size), 7.0)
+    scale = torch.rand(9, generator=torch.Generator().manual_seed(7))
+    fused.tokens(x, records[0], specs[0], tokens, places, scale, outputs)
+    untouched = [row for row in range(22) if row not in places]
+    assert torch.equal(outputs[untouched], torch.full((len(untouched), x.shape[1]), 7.0))
+    for token, place, weight in zip(tokens, places, scale, strict=True):
+        alone = fused(x[token], records[:1], specs[:1], weight.view(1))
+        assert relative(outputs[place], alone) < 1e-5
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -96,7 +113,7 @@ def test_threads_change_no_bit(isa: str) -> None:
     arguments = layer(*[plan_record(640, 512, "q3g32s4", "q3g32s4")] * 5)
     x, results = torch.randn(640), []
     for threads in (1, 2, 3):
-        fused = NativeEngine(int8=True, threads=threads).one_token(adapter)  # type: ignore[arg-type]
+        fused = NativeEngine(int8=True, threads=threads).fused(adapter)  # type: ignore[arg-type]
         assert fused is not None
         results.append(fused(x, *arguments))
     assert torch.equal(results[0], results[1])

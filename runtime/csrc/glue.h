@@ -1,0 +1,151 @@
+// What a model does between its matrices, compiled for each instruction set: element by element,
+// sums, softmax. Sums run in 16 lanes that are added at the end.
+#pragma once
+#include "lanes.h"
+
+namespace moepack {
+namespace {
+
+// The numbers are those of tape/lower.py.
+enum Unary {
+  COPY, NEG, ABS, SQUARE, SQRT, RSQRT, RECIPROCAL, EXP, LOG, SIN, COS, TANH, SIGMOID, SILU, GELU,
+  GELU_TANH, RELU, SOFTPLUS, CLAMP, FILL
+};
+enum Binary { ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM };
+
+template <class F>
+MOEPACK_INLINE void map(const float* a, int64_t sa, float* out, int64_t so, int64_t n, F f) {
+  if (sa == 1 && so == 1) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      float y[kLanes];  // out may be a: all lanes are read before one is written
+      for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j]);
+      memcpy(out + i, y, sizeof y);
+    }
+    for (; i < n; ++i) out[i] = f(a[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i * so] = f(a[i * sa]);
+  }
+}
+
+void unary(int kind, const double* scalar, const float* a, int64_t sa, float* out, int64_t so,
+           int64_t n) {
+  auto run = [&](auto f) MOEPACK_LAMBDA { map(a, sa, out, so, n, f); };
+  float low = static_cast<float>(scalar[0]), high = static_cast<float>(scalar[1]);
+  switch (kind) {
+    case COPY: return run([](float x) MOEPACK_LAMBDA { return x; });
+    case NEG: return run([](float x) MOEPACK_LAMBDA { return -x; });
+    case ABS: return run([](float x) MOEPACK_LAMBDA { return fabsf(x); });
+    case SQUARE: return run([](float x) MOEPACK_LAMBDA { return x * x; });
+    case SQRT: return run([](float x) MOEPACK_LAMBDA { return sqrtf(x); });
+    case RSQRT: return run([](float x) MOEPACK_LAMBDA { return 1.0f / sqrtf(x); });
+    case RECIPROCAL: return run([](float x) MOEPACK_LAMBDA { return 1.0f / x; });
+    case EXP: return run([](float x) { return expf(x); });
+    case LOG: return run([](float x) { return logf(x); });
+    case SIN: return run([](float x) { return sinf(x); });
+    case COS: return run([](float x) { return cosf(x); });
+    case TANH: return run([](float x) { return tanhf(x); });
+    case SIGMOID: return run([](float x) MOEPACK_LAMBDA { return 1.0f / (1.0f + exp_lane(-x)); });
+    case SILU: return run([](float x) MOEPACK_LAMBDA { return x / (1.0f + exp_lane(-x)); });
+    case GELU: return run([](float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f)); });
+    case GELU_TANH:
+      return run([](float x) MOEPACK_LAMBDA {
+        return 0.5f * x * (1.0f + tanh_lane(0.797884561f * (x + 0.044715f * x * x * x)));
+      });
+    case RELU: return run([](float x) MOEPACK_LAMBDA { return x < 0.0f ? 0.0f : x; });
+    case SOFTPLUS: return run([](float x) { return x > 20.0f ? x : log1pf(expf(x)); });
+    case CLAMP:
+      return run([=](float x) MOEPACK_LAMBDA {
+        x = x < low ? low : x;
+        return x > high ? high : x;
+      });
+    case FILL: return run([=](float) MOEPACK_LAMBDA { return low; });
+  }
+}
+
+template <class F>
+MOEPACK_INLINE void map2(const float* a, int64_t sa, const float* b, int64_t sb, float* out,
+                         int64_t so, int64_t n, F f) {
+  int64_t i = 0;
+  if (so == 1 && sa == 1 && (sb == 1 || sb == 0))
+    for (; i + kLanes <= n; i += kLanes) {
+      float y[kLanes];
+      if (sb == 1)
+        for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j], b[i + j]);
+      else
+        for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j], b[0]);
+      memcpy(out + i, y, sizeof y);
+    }
+  for (; i < n; ++i) out[i * so] = f(a[i * sa], b[i * sb]);
+}
+
+void binary(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out, int64_t so,
+            int64_t n) {
+  auto run = [&](auto f) MOEPACK_LAMBDA { map2(a, sa, b, sb, out, so, n, f); };
+  switch (kind) {
+    case ADD: return run([](float x, float y) MOEPACK_LAMBDA { return x + y; });
+    case SUB: return run([](float x, float y) MOEPACK_LAMBDA { return x - y; });
+    case MUL: return run([](float x, float y) MOEPACK_LAMBDA { return x * y; });
+    case DIV: return run([](float x, float y) MOEPACK_LAMBDA { return x / y; });
+    // A NaN on either side is the result, as in torch.
+    case MAXIMUM: return run([](float x, float y) MOEPACK_LAMBDA { return x > y || x != x ? x : y; });
+    case MINIMUM: return run([](float x, float y) MOEPACK_LAMBDA { return x < y || x != x ? x : y; });
+  }
+}
+
+MOEPACK_INLINE float add_lanes(float* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+float sum(const float* a, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] += a[i + j];
+  for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i];
+  return add_lanes(lanes);
+}
+
+template <class V> MOEPACK_INLINE typename V::Floats load_floats(const float* p) {
+  return V::load_f32(reinterpret_cast<const uint8_t*>(p));
+}
+
+template <class V> float dot(const float* a, const float* b, int64_t n) {
+  typename V::Floats sums[2] = {V::zero(), V::zero()};  // an addition need not wait for the last
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int h = 0; h < 2; ++h)
+      sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_floats<V>(b + i + h * kLanes),
+                       sums[h]);
+  float lanes[kLanes];
+  V::store(lanes, V::add(sums[0], sums[1]));
+  for (int j = 0; i < n; ++i, j = (j + 1) % kLanes) lanes[j] += a[i] * b[i];
+  return add_lanes(lanes);
+}
+
+template <class V> void add_scaled(const float* a, float scale, float* out, int64_t n) {
+  typename V::Floats s = V::set(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    V::store(out + i, V::fma(load_floats<V>(a + i), s, load_floats<V>(out + i)));
+  for (; i < n; ++i) out[i] += scale * a[i];
+}
+
+void softmax(const float* a, int64_t n, float* out) {
+  float most = a[0];
+  for (int64_t i = 1; i < n; ++i) most = a[i] > most || a[i] != a[i] ? a[i] : most;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    float y[kLanes];
+    for (int j = 0; j < kLanes; ++j) y[j] = exp_lane(a[i + j] - most);
+    memcpy(out + i, y, sizeof y);
+  }
+  for (; i < n; ++i) out[i] = exp_lane(a[i] - most);
+  float total = sum(out, n);
+  for (int64_t k = 0; k < n; ++k) out[k] /= total;
+}
+
+}  // namespace
+}  // namespace moepack

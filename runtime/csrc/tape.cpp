@@ -1,0 +1,227 @@
+// A recorded token, step by step. What a step computes is in glue.h, linear.cpp and moe.cpp; here are
+// the loops around it.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "scratch.h"
+#include "threads.h"
+
+namespace {
+
+using namespace moepack;
+
+// Dense rows and cached tokens in one chunk of work; fewer are not worth another thread.
+constexpr int64_t kDenseChunk = 1 << 15, kAttendChunk = 1 << 15;  // multiplications
+
+float* floats(const moepack_step& s, int operand) { return static_cast<float*>(s.data[operand]); }
+
+// Calls f(offsets of out, a, b, c) for each place of the three outer loops.
+template <class F> void outer(const moepack_step& s, F f) {
+  for (int64_t i = 0; i < s.size[0]; ++i)
+    for (int64_t j = 0; j < s.size[1]; ++j)
+      for (int64_t k = 0; k < s.size[2]; ++k) {
+        int64_t at[4];
+        for (int o = 0; o < 4; ++o)
+          at[o] = i * s.stride[o][0] + j * s.stride[o][1] + k * s.stride[o][2];
+        f(at);
+      }
+}
+
+// Values along the last loop in a row, in `buffer` where they are not so already.
+const float* in_a_row(const moepack_step& s, const float* a, std::vector<float>& buffer) {
+  if (s.stride[1][3] == 1) return a;
+  buffer.resize(static_cast<size_t>(s.size[3]));
+  for (int64_t i = 0; i < s.size[3]; ++i) buffer[static_cast<size_t>(i)] = a[i * s.stride[1][3]];
+  return buffer.data();
+}
+
+void reduce(const moepack_step& s) {
+  static thread_local std::vector<float> buffer;
+  outer(s, [&](const int64_t* at) {
+    const float* a = in_a_row(s, floats(s, 1) + at[1], buffer);
+    float& out = floats(s, 0)[at[0]];
+    if (s.kind == 2) {
+      out = a[0];
+      for (int64_t i = 1; i < s.size[3]; ++i) out = a[i] > out || a[i] != a[i] ? a[i] : out;
+    } else {
+      out = kernels().sum(a, s.size[3]);
+      if (s.kind == 1) out /= static_cast<float>(s.size[3]);
+    }
+  });
+}
+
+void softmax(const moepack_step& s) {
+  static thread_local std::vector<float> buffer, result;
+  result.resize(static_cast<size_t>(s.size[3]));
+  outer(s, [&](const int64_t* at) {
+    kernels().softmax(in_a_row(s, floats(s, 1) + at[1], buffer), s.size[3], result.data());
+    for (int64_t i = 0; i < s.size[3]; ++i)
+      floats(s, 0)[at[0] + i * s.stride[0][3]] = result[static_cast<size_t>(i)];
+  });
+}
+
+// The largest first; of equal values the one that comes first. NaN counts as largest.
+void topk(const moepack_step& s) {
+  static thread_local std::vector<float> buffer;
+  static thread_local std::vector<int64_t> order;
+  int64_t n = s.size[3], k = s.number[0];
+  outer(s, [&](const int64_t* at) {
+    const float* a = in_a_row(s, floats(s, 1) + at[1], buffer);
+    order.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
+    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t x, int64_t y) {
+      bool x_nan = a[x] != a[x], y_nan = a[y] != a[y];
+      if (x_nan || y_nan) return x_nan != y_nan ? x_nan : x < y;
+      return a[x] != a[y] ? a[x] > a[y] : x < y;
+    });
+    for (int64_t i = 0; i < k; ++i) {
+      floats(s, 0)[at[0] + i * s.stride[0][3]] = a[order[static_cast<size_t>(i)]];
+      static_cast<int64_t*>(s.data[3])[at[3] + i * s.stride[3][3]] = order[static_cast<size_t>(i)];
+    }
+  });
+}
+
+void dense(const moepack_step& s, int32_t threads) {
+  int64_t m = s.number[0], n = s.number[1], k = s.number[2];
+  const float *a = floats(s, 1), *b = floats(s, 2), *c = floats(s, 3);
+  int64_t each = ceil_div(kDenseChunk, m * k);
+  for_chunks(threads, ceil_div(n, each), [&](int64_t chunk) {
+    int64_t end = std::min(n, (chunk + 1) * each);
+    for (int64_t r = chunk * each; r < end; ++r)
+      for (int64_t t = 0; t < m; ++t)
+        floats(s, 0)[t * s.stride[0][0] + r] =
+            kernels().dot(a + t * s.stride[1][0], b + r * s.stride[2][0], k) + (c ? c[r] : 0.0f);
+  });
+}
+
+void embed(const moepack_step& s) {
+  int64_t id = *static_cast<const int64_t*>(s.data[1]), cols = s.number[3];
+  int32_t scheme = static_cast<int32_t>(s.number[0]);
+  if (scheme < 0) {
+    std::memcpy(s.data[0], floats(s, 2) + id * cols, static_cast<size_t>(cols) * 4);
+    return;
+  }
+  static thread_local std::vector<float> rows;
+  rows.resize(static_cast<size_t>(kTileRows * cols));
+  int64_t nbytes = kFormats[scheme].tile_nbytes(cols);
+  const uint8_t* packed = static_cast<const uint8_t*>(s.data[2]);
+  kernels().decode_tile[scheme](packed + id / kTileRows * nbytes, cols, rows.data(), cols);
+  std::memcpy(s.data[0], rows.data() + id % kTileRows * cols, static_cast<size_t>(cols) * 4);
+}
+
+void append(const moepack_step& s) {
+  const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
+  auto put = [&](float* cache, int operand, int64_t width) {
+    for (int64_t h = 0; h < kv.heads; ++h) {
+      const float* from = floats(s, operand) + h * s.stride[operand][0];
+      float* to = cache + (h * kv.capacity + kv.end) * width;
+      for (int64_t i = 0; i < width; ++i) to[i] = from[i * s.stride[operand][1]];
+    }
+  };
+  put(kv.keys, 1, kv.key_width);
+  put(kv.values, 2, kv.value_width);
+}
+
+// Queries that share a key are consecutive heads. The window, where there is one, is number[1];
+// a sink (data[3]) is one more score a head, without a value; scalar[1] bounds scores by tanh.
+void attend(const moepack_step& s, int32_t threads) {
+  const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
+  int64_t heads = s.number[0], group = heads / kv.heads, window = s.number[1], end = kv.end + 1;
+  int64_t begin = window > 0 && end > window ? end - window : 0, count = end - begin;
+  float scale = static_cast<float>(s.scalar[0]), cap = static_cast<float>(s.scalar[1]);
+  const float* sinks = floats(s, 3);
+  int64_t each = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
+  for_chunks(threads, ceil_div(heads, each), [&](int64_t chunk) {
+    static thread_local std::vector<float> scores, query;
+    scores.resize(static_cast<size_t>(count + 1));
+    query.resize(static_cast<size_t>(kv.key_width));
+    int64_t last = std::min(heads, (chunk + 1) * each);
+    for (int64_t h = chunk * each; h < last; ++h) {
+      const float* q = floats(s, 1) + h * s.stride[1][0];
+      for (int64_t i = 0; i < kv.key_width; ++i)
+        query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
+      const float* keys = kv.keys + (h / group * kv.capacity + begin) * kv.key_width;
+      for (int64_t t = 0; t < count; ++t) {
+        float score = scale * kernels().dot(query.data(), keys + t * kv.key_width, kv.key_width);
+        scores[static_cast<size_t>(t)] = cap > 0 ? cap * std::tanh(score / cap) : score;
+      }
+      if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
+      kernels().softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
+      float* out = floats(s, 0) + h * s.stride[0][0];
+      const float* values = kv.values + (h / group * kv.capacity + begin) * kv.value_width;
+      std::memset(out, 0, static_cast<size_t>(kv.value_width) * 4);
+      for (int64_t t = 0; t < count; ++t)
+        kernels().add_scaled(values + t * kv.value_width, scores[static_cast<size_t>(t)], out,
+                             kv.value_width);
+    }
+  });
+}
+
+// False where a chosen record is not at hand. Places beyond the experts hold none.
+bool experts(const moepack_step& s, int32_t mode, int32_t threads) {
+  moepack_experts_layer& layer = *static_cast<moepack_experts_layer*>(s.extra);
+  static thread_local std::vector<const uint8_t*> records;
+  static thread_local std::vector<const moepack_layout*> layouts;
+  static thread_local std::vector<float> weights;
+  records.clear(), layouts.clear(), weights.clear();
+  for (int64_t k = 0; k < layer.chosen; ++k) {
+    int64_t expert = static_cast<const int64_t*>(s.data[2])[k * s.stride[2][0]];
+    if (expert < 0 || expert >= layer.experts) continue;
+    if (layer.records[expert] == nullptr) return false;
+    records.push_back(layer.records[expert]);
+    layouts.push_back(layer.layouts[expert]);
+    weights.push_back(floats(s, 3)[k * s.stride[3][0]]);
+  }
+  int32_t status = moepack_experts(
+      records.data(), layouts.data(), weights.data(), static_cast<int64_t>(records.size()),
+      layer.hidden, layer.intermediate, &layer.activation, layer.gated, floats(s, 1), floats(s, 0),
+      nullptr, mode, threads);
+  if (status == MOEPACK_OK) layer.demanded += static_cast<int64_t>(records.size());
+  return status == MOEPACK_OK;  // what is refused here, the caller's own call refuses with a reason
+}
+
+bool run(const moepack_step& s, int32_t mode, int32_t threads) {
+  switch (s.op) {
+    case MOEPACK_UNARY:
+      outer(s, [&](const int64_t* at) {
+        kernels().unary(s.kind, s.scalar, floats(s, 1) + at[1], s.stride[1][3],
+                        floats(s, 0) + at[0], s.stride[0][3], s.size[3]);
+      });
+      return true;
+    case MOEPACK_BINARY: {
+      float scalar = static_cast<float>(s.scalar[0]);
+      outer(s, [&](const int64_t* at) {
+        const float* b = s.data[2] ? floats(s, 2) + at[2] : &scalar;
+        kernels().binary(s.kind, floats(s, 1) + at[1], s.stride[1][3], b,
+                         s.data[2] ? s.stride[2][3] : 0, floats(s, 0) + at[0], s.stride[0][3],
+                         s.size[3]);
+      });
+      return true;
+    }
+    case MOEPACK_REDUCE: return reduce(s), true;
+    case MOEPACK_SOFTMAX: return softmax(s), true;
+    case MOEPACK_TOPK: return topk(s), true;
+    case MOEPACK_DENSE: return dense(s, threads), true;
+    case MOEPACK_PACKED:
+      return moepack_linear(static_cast<int32_t>(s.number[0]),
+                            static_cast<const uint8_t*>(s.data[2]), s.number[1], s.number[2],
+                            s.number[3], floats(s, 1), 1, floats(s, 3), floats(s, 0), mode,
+                            threads) == MOEPACK_OK;
+    case MOEPACK_EMBED: return embed(s), true;
+    case MOEPACK_APPEND: return append(s), true;
+    case MOEPACK_ATTEND: return attend(s, threads), true;
+    case MOEPACK_EXPERTS: return experts(s, mode, threads);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end, int32_t mode,
+                         int32_t threads) {
+  if (steps == nullptr || begin < 0 || begin > end || threads < 1) return -1;
+  while (begin < end && run(steps[begin], mode, threads)) ++begin;
+  return begin;
+}

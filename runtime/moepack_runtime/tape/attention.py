@@ -1,0 +1,111 @@
+"""The attention of a recorded pass: one query over all cached keys, as one opaque step.
+
+transformers looks attention functions up by name; while a pass is recorded the model's is this one.
+No mask is made then, as one query sees every key before it (or those in its window).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .kv import GrowingLayer
+from .record import CannotRecord, Opaque, Recorder
+
+NAME = "moepack_tape"
+_recorder: Recorder | None = None
+_layers: list[GrowingLayer] = []
+
+
+@contextmanager
+def recorded_attention(
+    model: nn.Module, recorder: Recorder, layers: list[GrowingLayer]
+) -> Iterator[None]:
+    """Make a model's attention, and what it does with its cache, steps of a recording."""
+    global _recorder, _layers
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    names = [(config, config._attn_implementation) for config in configs.values()]
+    _recorder, _layers = recorder, layers
+    try:
+        for config, _ in names:
+            config._attn_implementation_internal = NAME
+        for layer in layers:
+            _watch(layer, recorder)
+        yield
+    finally:
+        for config, name in names:
+            config._attn_implementation_internal = name
+        for layer in layers:
+            vars(layer).pop("update", None)
+        _recorder, _layers = None, []
+
+
+def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
+    update = layer.update
+
+    def watched(key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        def run() -> Tensor:
+            return update(key, value, *args, **kwargs)[0]
+
+        recorder.opaque(Opaque("append", layer), (key, value), run)
+        return layer.keys, layer.values
+
+    layer.update = watched  # type: ignore[method-assign]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """``query`` [1, heads, 1, width] to ``[1, 1, heads, value width]``; see transformers."""
+    recorder = _recorder
+    if recorder is None:
+        raise CannotRecord("attention was called outside of a recording")
+    layer = next((a for a in _layers if a.keys is key and a.values is value), None)
+    if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is not None:
+        raise CannotRecord("attention reads something else than the cache")
+    if sliding_window is not None:
+        raise CannotRecord("attention has a sliding window")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    inputs = (query,) if s_aux is None else (query, s_aux)
+    return (
+        recorder.opaque(
+            Opaque("attend", layer, (scale, softcap or 0.0)),
+            inputs,
+            lambda: _reference(query, key, value, scale, softcap, s_aux),
+        ),
+        None,
+    )
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = (query @ key.transpose(2, 3)) * scale  # [1, heads, 1, tokens]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous()

@@ -1,0 +1,227 @@
+"""The forward of a loaded pack: played where it can be, transformers' own elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..experts_compute import ExpertsCompute
+from ..kernels.native_engine import NativeEngine
+from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from .attention import recorded_attention
+from .kv import GrowingLayer, take_over
+from .player import Player
+from .record import CannotRecord, Recorder, differences, recording
+
+_log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3
+"""Difference of logits, relative to the largest, at which a recording is not believed."""
+
+_IGNORED = {"use_cache", "logits_to_keep", "return_dict", "cache_position"}
+"""Arguments of forward that make no difference to one token."""
+
+_GROWING_ROPE = ("dynamic", "longrope")
+"""Position embeddings that change with the length, which Python decides."""
+
+
+class TapeForward:
+    """Decides, for every call of a model's forward, who does it.
+
+    Args:
+        model: The model.
+        computes: For each experts module, what it computes with.
+        engine: The native engine.
+    """
+
+    def __init__(
+        self, model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+    ) -> None:
+        # Weakly: the model owns this object, and must end with its last other owner.
+        self._model = weakref.ref(model)
+        self._forward: Callable[..., Any] = type(model).forward
+        self._computes, self._engine = computes, engine
+        self._player: Player | None = None
+        self._output: type[Any] | None = None
+        self._why_not: str | None = None
+
+    def describe(self) -> str:
+        """How tokens are decoded, for a person."""
+        if self._why_not is not None:
+            return f"decoding by transformers' own code: {self._why_not}"
+        if self._player is None:
+            return "decoding not recorded yet"
+        return f"decoding recorded, {self._player.native_share:.0%} native"
+
+    @property
+    def playing(self) -> bool:
+        """Whether tokens are played."""
+        return self._player is not None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.forward``."""
+        found = None if self._why_not is not None else self._one_token(args, kwargs)
+        if found is None:
+            return self._forward(self._model(), *args, **kwargs)
+        token, layers = found
+        position = layers[0].get_seq_length()
+        with torch.no_grad():
+            if self._player is None:
+                try:
+                    with self._engine.float_activations():
+                        self._record(token, layers)
+                except CannotRecord as reason:
+                    self._give_up(str(reason))
+                    return self._forward(self._model(), *args, **kwargs)
+            assert self._player is not None and self._output is not None
+            logits = self._player.play(token, position, layers).clone()
+        return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
+
+    def _one_token(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, list[GrowingLayer]] | None:
+        """The token and the cache, if the call is for one token after others and nothing else."""
+        ids = kwargs.get("input_ids")
+        if args or not isinstance(ids, Tensor) or ids.shape != (1, 1):
+            return None
+        for name, value in kwargs.items():
+            known = name in _IGNORED or name in (
+                "input_ids",
+                "past_key_values",
+                "attention_mask",
+                "position_ids",
+            )
+            if not known and value is not None and value is not False:
+                return None
+        if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
+            return None
+        layers = take_over(kwargs.get("past_key_values"))
+        if layers is None:
+            return None
+        length = layers[0].get_seq_length()
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if positions is not None and (positions.shape != (1, 1) or int(positions) != length):
+            return None
+        if mask is not None and not (
+            isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())
+        ):
+            return None
+        return int(ids), layers
+
+    def _record(self, token: int, layers: list[GrowingLayer]) -> None:
+        """Record a token and another one after it, then see that both are played right.
+
+        The cache is left as it was found. Activations are not rounded to 8 bits meanwhile: a
+        difference in the last bit can change a code, and many of these look like an error.
+        """
+        model = cast(nn.Module, self._model())
+        _check(model)
+        start = layers[0].get_seq_length()
+        other = (token + 1) % cast(Any, model).config.get_text_config().vocab_size
+        token_at = torch.tensor([[token]])
+        position_at = torch.tensor([[start]])
+        passes = []
+        for number, ids in enumerate((token, other)):
+            token_at.fill_(ids)
+            position_at.fill_(start + number)
+            recorder = Recorder()
+            output = self._recorded(model, recorder, token_at, position_at, layers)
+            passes.append((recorder.steps, output, output.logits.clone()))
+        _rewind(layers, start)
+        (first, _, wanted), (second, output, wanted_next) = passes
+        reason = differences(first, second)
+        if reason is not None:
+            raise CannotRecord(reason)
+        player = Player(
+            second, token_at, position_at, output.logits, layers, self._computes, self._engine
+        )
+        for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
+            got = player.play(ids, start + number, layers)
+            error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+            if not error <= TOLERANCE:
+                _rewind(layers, start)
+                raise CannotRecord(f"played logits differ by {float(error):.1e}")
+        _rewind(layers, start)
+        self._player, self._output = player, type(output)
+        _log.info("%s", self.describe())
+
+    def _recorded(
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        token: Tensor,
+        position: Tensor,
+        layers: list[GrowingLayer],
+    ) -> Any:
+        from transformers.cache_utils import Cache
+
+        opaque: dict[nn.Module, str] = dict.fromkeys(self._computes, "experts")
+        for module in model.modules():
+            if isinstance(module, (PackedLinear, TiedHead)):
+                opaque[module] = "packed"
+            elif isinstance(module, PackedEmbedding):
+                opaque[module] = "embed"
+        cache = Cache(layers=list(layers))
+        try:
+            with recorded_attention(model, recorder, layers), recording(recorder, opaque):
+                output = self._forward(
+                    model,
+                    input_ids=token,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise CannotRecord(f"{type(error).__name__}: {error}") from error
+        extra = [
+            name
+            for name, value in output.items()
+            if name not in ("logits", "past_key_values") and value is not None
+        ]
+        if extra:
+            raise CannotRecord(f"the model also gives {extra[0]}")
+        return output
+
+    def _give_up(self, reason: str) -> None:
+        self._why_not = reason
+        _log.info("%s", self.describe())
+
+
+def install(
+    model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+) -> TapeForward:
+    """Make a model's forward play tokens; what is not one token goes on as before."""
+    tape = TapeForward(model, computes, engine)
+
+    @functools.wraps(type(model).forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return tape(*args, **kwargs)
+
+    # generate() looks at the parameters' names, and must not find `self`.
+    cast(Any, forward).__signature__ = inspect.signature(model.forward)
+    model.forward = forward
+    return tape
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse what a recording would get wrong without showing it."""
+    config = cast(Any, model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") in _GROWING_ROPE:
+            raise CannotRecord(f"{kind['rope_type']} position embeddings change with the length")
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise CannotRecord("the model takes no positions")
+
+
+def _rewind(layers: list[GrowingLayer], length: int) -> None:
+    for layer in layers:
+        layer.rewind(length)

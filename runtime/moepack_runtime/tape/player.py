@@ -1,0 +1,226 @@
+"""Playing a recorded token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from moepack_formats.schemes import SCHEMES
+
+from ..experts_compute import ExpertsCompute
+from ..kernels import native
+from ..kernels.native_engine import NativeEngine
+from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from .kv import GrowingLayer
+from .lower import Call, embedding_step, lower
+from .record import CannotRecord, Opaque, Step
+from .steps import Kv, NativeStep, Op, elementwise, is_floats
+
+_SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
+
+
+class Player:
+    """A recording, ready to be played with other tokens.
+
+    Args:
+        steps: The recording.
+        token: ``[1, 1]`` int64, which the recording reads the token from.
+        position: ``[1, 1]`` int64, where it reads the position.
+        logits: ``[1, 1, vocabulary]``, which it writes.
+        layers: The cache layers it used, in the order of the model.
+        computes: For each experts module, what it computes with.
+        engine: The native engine.
+
+    Raises:
+        CannotRecord: Something in it cannot be played.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        token: Tensor,
+        position: Tensor,
+        logits: Tensor,
+        layers: Sequence[GrowingLayer],
+        computes: dict[Any, ExpertsCompute],
+        engine: NativeEngine,
+    ) -> None:
+        self._token, self._position, self._logits = token, position, logits
+        self._engine, self._computes = engine, computes
+        self._kv = {id(layer): Kv() for layer in layers}
+        self._caches = list(self._kv.values())
+        self._known: list[Any] = [None] * len(layers)
+        self._calls: dict[int, Call] = {}
+        self._alive: list[Any] = [steps, layers]
+        found: list[NativeStep] = []
+        mutated = _mutated(steps)
+        for step in steps:
+            lowered = (
+                self._own(step.operation, step)
+                if isinstance(step.operation, Opaque)
+                else lower(step, mutated)
+            )
+            if callable(lowered):
+                self._calls[len(found)] = lowered
+                found.append(NativeStep(op=Op.PYTHON))
+            elif lowered is not None:
+                for native_step in lowered:
+                    if native_step.op == Op.EXPERTS:
+                        self._calls[len(found)] = self._experts_call(step)
+                    found.append(native_step)
+        self._steps = (NativeStep * len(found))(*found)
+        self._count = len(found)
+
+    @property
+    def native_share(self) -> float:
+        """Share of the steps that the native library does, experts included."""
+        calls = sum(self._steps[i].op == Op.PYTHON for i in self._calls)
+        return 1 - calls / self._count if self._count else 1.0
+
+    def play(self, token: int, position: int, layers: Sequence[GrowingLayer]) -> Tensor:
+        """One token after those in the cache, which grows by it.
+
+        Args:
+            token: Its number.
+            position: How many tokens are before it.
+            layers: The cache.
+
+        Returns:
+            Logits ``[1, 1, vocabulary]``, which the next call overwrites.
+        """
+        self._token.fill_(token)
+        self._position.fill_(position)
+        for number, (layer, kv) in enumerate(zip(layers, self._caches, strict=True)):
+            self._point(number, layer, kv, position)
+        at = 0
+        mode, threads = self._engine.int8, self._engine.threads
+        while True:
+            at = native.play(self._steps, at, self._count, mode, threads)
+            if at == self._count:
+                break
+            self._calls[at]()
+            at += 1
+        for layer in layers:
+            layer.played()
+        return self._logits
+
+    def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
+        """Make a native layer stand for a layer of the cache, with room for one more token."""
+        layer.reserve(position + 1)
+        buffers = layer.buffers
+        if self._known[number] is not buffers.keys:
+            self._known[number] = buffers.keys
+            kv.keys, kv.values = buffers.keys.data_ptr(), buffers.values.data_ptr()
+            kv.heads, kv.key_width = buffers.keys.shape[1], buffers.keys.shape[3]
+            kv.value_width, kv.capacity = buffers.values.shape[3], buffers.capacity
+        kv.end = position
+
+    def _own(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
+        make: Callable[[Opaque, Step], list[NativeStep] | Call]
+        make = getattr(self, f"_lower_{what.kind}")
+        return make(what, step)
+
+    def _lower_packed(self, what: Opaque, step: Step) -> list[NativeStep]:
+        module: PackedLinear | TiedHead = what.subject
+        x, out = step.arguments[0], step.results[0]
+        source = module.source if isinstance(module, TiedHead) else module
+        rows, cols = source.shape
+        if not is_floats(x, out) or x.numel() != cols:
+            raise CannotRecord("a packed matrix gets something else than one float32 token")
+        steps, x = self._contiguous(x)
+        found = NativeStep(op=Op.PACKED)
+        bias = module.bias
+        if bias is not None and not (is_floats(bias) and bias.is_contiguous()):
+            raise CannotRecord("a bias is not float32")
+        address = None if bias is None else bias.data_ptr()
+        found.data[:] = (out.data_ptr(), x.data_ptr(), source.packed.data_ptr(), address)
+        number = _SCHEME_NUMBERS[source.scheme.name]
+        found.number[:] = (number, source.packed.numel(), rows, cols)
+        return [*steps, found]
+
+    def _lower_embed(self, what: Opaque, step: Step) -> list[NativeStep]:
+        module: PackedEmbedding = what.subject
+        ids, out = step.arguments[0], step.results[0]
+        if not is_floats(out) or ids.numel() != 1 or ids.dtype is not torch.int64:
+            raise CannotRecord("an embedding gets something else than one token")
+        number = _SCHEME_NUMBERS[module.scheme.name]
+        numbers = (number, module.packed.numel(), *module.shape)
+        return [embedding_step(out, module.packed, ids, numbers)]
+
+    def _lower_append(self, what: Opaque, step: Step) -> list[NativeStep]:
+        found = NativeStep(op=Op.APPEND)
+        found.extra = ctypes.addressof(self._kv[id(what.subject)])
+        for place, tensor in enumerate(step.arguments, start=1):  # [1, heads, 1, width]
+            if not is_floats(tensor):
+                raise CannotRecord("keys or values are not float32")
+            found.data[place] = tensor.data_ptr()
+            found.stride[place][:2] = (tensor.stride(1), tensor.stride(3))
+        return [found]
+
+    def _lower_attend(self, what: Opaque, step: Step) -> list[NativeStep]:
+        query, out = step.arguments[0], step.results[0]
+        if not is_floats(query, out):
+            raise CannotRecord("queries are not float32")
+        found = NativeStep(op=Op.ATTEND)
+        found.extra = ctypes.addressof(self._kv[id(what.subject)])
+        found.data[:2] = (out.data_ptr(), query.data_ptr())
+        found.stride[0][0] = out.shape[-1]
+        found.stride[1][:2] = (query.stride(1), query.stride(3))
+        found.number[0] = query.shape[1]
+        found.scalar[:] = what.numbers[:2]
+        if len(step.arguments) > 1:
+            sinks = step.arguments[1]
+            if not is_floats(sinks) or sinks.numel() != query.shape[1]:
+                raise CannotRecord("attention sinks of another kind")
+            found.data[3], found.stride[3][0] = sinks.data_ptr(), sinks.stride(-1)
+        return [found]
+
+    def _lower_experts(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
+        hidden, index, weights = step.arguments
+        out, layer = step.results[0], self._computes[what.subject].native_layer
+        if layer is None or not is_floats(hidden, weights, out) or index.dtype is not torch.int64:
+            return self._experts_call(step)
+        steps, hidden = self._contiguous(hidden)
+        found = NativeStep(op=Op.EXPERTS)
+        found.data[:] = (out.data_ptr(), hidden.data_ptr(), index.data_ptr(), weights.data_ptr())
+        found.stride[2][0], found.stride[3][0] = index.stride(-1), weights.stride(-1)
+        layer.chosen = index.numel()
+        found.extra = ctypes.addressof(layer)
+        return [*steps, found]
+
+    def _experts_call(self, step: Step) -> Call:
+        assert isinstance(step.operation, Opaque)
+        compute, out = self._computes[step.operation.subject], step.results[0]
+        inputs = step.arguments
+
+        def call() -> None:
+            out.copy_(compute(*inputs).view(out.shape))
+
+        return call
+
+    def _contiguous(self, x: Tensor) -> tuple[list[NativeStep], Tensor]:
+        """A tensor whose values lie in a row, and the copy that makes it so."""
+        if x.is_contiguous():
+            return [], x
+        copy = torch.empty(x.shape, dtype=x.dtype)
+        self._alive.append(copy)
+        step = elementwise(Op.UNARY, 0, copy, x)
+        if step is None:
+            raise CannotRecord("a matrix gets values from all over memory")
+        return [step], copy
+
+
+def _mutated(steps: Sequence[Step]) -> set[int]:
+    """Storages that an operation writes into besides the one that made them."""
+    found: set[int] = set()
+    for step in steps:
+        if isinstance(step.operation, Opaque) or not step.operation._schema.is_mutable:
+            continue
+        leaves = tree_flatten(step.arguments[:1])[0]
+        found.update(t.untyped_storage().data_ptr() for t in leaves if isinstance(t, Tensor))
+    return found

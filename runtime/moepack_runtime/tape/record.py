@@ -1,0 +1,165 @@
+"""Recording: every operation of one pass, with the memory it read and wrote.
+
+A pass is recorded twice, with other inputs at another position. What differs between the two, such
+as a mask that grows or a number that was computed in Python, would be wrong in every later pass, so
+the model is then not played (:func:`differences`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from typing_extensions import override
+
+
+class CannotRecord(Exception):
+    """The pass does something that a recording cannot hold."""
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An operation of our own, recorded as one step.
+
+    Attributes:
+        kind: ``packed``, ``embed``, ``append``, ``attend`` or ``experts``.
+        subject: The module, cache layer or compute object it belongs to.
+        numbers: What else defines it.
+    """
+
+    kind: str
+    subject: Any
+    numbers: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        operation: What ran.
+        arguments: Its positional arguments.
+        keywords: Its keyword arguments.
+        results: The tensors it gave back.
+    """
+
+    operation: torch._ops.OpOverload | Opaque
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: tuple[Tensor, ...]
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs inside ``with``; results stay in memory at their addresses.
+
+    Attributes:
+        steps: What ran, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._paused = False
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._paused and func is torch.ops.aten._local_scalar_dense.default:
+            raise CannotRecord("the model reads a number out of a tensor")
+        result = func(*args, **kwargs)
+        if not self._paused:
+            results = tuple(t for t in tree_flatten(result)[0] if isinstance(t, Tensor))
+            self.steps.append(Step(func, args, kwargs, results))
+        return result
+
+    def opaque(self, what: Opaque, inputs: tuple[Tensor, ...], run: Callable[[], Tensor]) -> Tensor:
+        """Run something and record it as one step, whatever operations it consists of."""
+        if self._paused:
+            return run()
+        self._paused = True
+        try:
+            result = run()
+        finally:
+            self._paused = False
+        self.steps.append(Step(what, inputs, {}, (result,)))
+        return result
+
+
+@contextmanager
+def recording(recorder: Recorder, modules: dict[nn.Module, str]) -> Iterator[None]:
+    """Record, with some modules as opaque steps.
+
+    Args:
+        recorder: Takes the steps.
+        modules: The modules that are one step each, and its kind.
+    """
+
+    def watch(module: nn.Module, kind: str) -> None:
+        forward = module.forward
+
+        def run(*inputs: Tensor, **keywords: Any) -> Any:
+            if keywords:
+                raise CannotRecord(f"{type(module).__name__} is called with keywords")
+            return recorder.opaque(Opaque(kind, module), inputs, lambda: forward(*inputs))
+
+        module.forward = run
+
+    hidden = {module: vars(module).get("forward") for module in modules}
+    try:
+        for module, kind in modules.items():
+            watch(module, kind)
+        with recorder, torch.no_grad():
+            yield
+    finally:
+        for module, forward in hidden.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def differences(first: list[Step], second: list[Step]) -> str | None:
+    """What keeps two recordings from being the same steps on other values, or None."""
+    if len(first) != len(second):
+        return f"one pass has {len(first)} operations, the next {len(second)}"
+    places: tuple[dict[int, int], dict[int, int]] = ({}, {})  # storage -> step that made it
+    for number, steps in enumerate(zip(first, second, strict=True)):
+        a, b = steps
+        if a.operation != b.operation:
+            return f"operation {number} is {_name(a)} in one pass, {_name(b)} in the next"
+        forms = [_form(step, place) for step, place in zip(steps, places, strict=True)]
+        if forms[0] != forms[1]:
+            return f"{_name(a)} gets other arguments from pass to pass"
+        for step, place in zip(steps, places, strict=True):
+            for result in step.results:
+                place.setdefault(result.untyped_storage().data_ptr(), number)
+    return None
+
+
+def _name(step: Step) -> str:
+    return step.operation.kind if isinstance(step.operation, Opaque) else str(step.operation)
+
+
+def _form(step: Step, made: dict[int, int]) -> list[Any]:
+    """The arguments without addresses that a pass chose for itself."""
+    grows = isinstance(step.operation, Opaque) and step.operation.kind == "attend"
+    # The cache's keys and values, of which there are more in every pass.
+    arguments = step.arguments[:1] if grows else step.arguments
+    leaves, layout = tree_flatten((arguments, step.keywords))
+    form: list[Any] = [layout]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            storage = leaf.untyped_storage().data_ptr()
+            origin = ("step", made[storage]) if storage in made else ("outside", storage)
+            form.append((origin, leaf.storage_offset(), tuple(leaf.shape), leaf.stride()))
+        else:
+            form.append(leaf)
+    return form

@@ -58,6 +58,10 @@ class MappedRecords:
             return None
         return self._view(self._pack.layers[layer][expert], layer, expert).data_ptr()
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether a record was used before, and so is probably in the page cache still."""
+        return (layer, expert) in self._checked
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:

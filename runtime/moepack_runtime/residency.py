@@ -35,6 +35,9 @@ class Residency(Protocol):
     def address(self, layer: int, expert: int) -> int | None:
         """Where a record that was fetched before stays until the end; None where none stays."""
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether a record can be had without waiting for a file."""
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 

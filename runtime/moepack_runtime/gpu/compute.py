@@ -109,7 +109,7 @@ class DeviceCompute:
             self._table = self._grouped.table(records, [at.spec for at in self._records])
         self._stats.hits += index.numel()
         if len(index) == 1:
-            y = self._grouped.token(
+            y: Tensor = self._grouped.token(
                 hidden[0].contiguous(), index[0], weights[0].float(), self._table
             )
             return y.to(hidden.dtype).unsqueeze(0)

@@ -207,7 +207,9 @@ class DeviceCache:
                 yield self._turn([entry])
                 self._leave([entry], pinned)
         finally:
-            if self._classes:  # a pass may be given up in the middle of a turn, or outlive the cache
+            if (
+                self._classes
+            ):  # a pass may be given up in the middle of a turn, or outlive the cache
                 self._leave(list(pinned), pinned)
             if not self._keep:
                 self._drop_unpinned()
@@ -269,8 +271,9 @@ class DeviceCache:
             granted.append((missing.popleft(), slot))
             self._class_of(granted[-1][0]).demanded += 1
         try:
-            for key, slot in self._copy(granted):
-                entry = self._entries[key] = _Entry(key, slot.number, slot.copied, guessed=False)
+            for key, place in self._copy(granted):
+                entry = _Entry(key, place.number, place.copied, guessed=False)
+                self._entries[key] = entry
                 entry.pins += 1
                 self._class_of(key).policy.insert(key)
                 waiting.append(entry)
@@ -305,8 +308,8 @@ class DeviceCache:
                 continue
             granted.append((key, size.free.pop()))
             self._guesses.remove(key)
-        for key, slot in self._copy(granted):
-            self._entries[key] = _Entry(key, slot.number, slot.copied, guessed=True)
+        for key, place in self._copy(granted):
+            self._entries[key] = _Entry(key, place.number, place.copied, guessed=True)
             self._class_of(key).staged.append(key)
             self._stats.speculative_reads += 1
 

@@ -84,9 +84,7 @@ class HostSource:
         self._let_go(0)
         self._host.close()
 
-    def _next(
-        self, held: _Held, layer: int, experts: Sequence[int]
-    ) -> dict[int, Tensor] | None:
+    def _next(self, held: _Held, layer: int, experts: Sequence[int]) -> dict[int, Tensor] | None:
         try:
             return next(held.turns, None)
         except ResourceError:

@@ -34,7 +34,9 @@ class ResidentRecords:
         self._layers: list[list[Tensor]] = []
         try:
             for layer, places in enumerate(pack.layers):
-                self._layers.append(self._load(layer, [at.spec.nbytes for at in places], host, link))
+                self._layers.append(
+                    self._load(layer, [at.spec.nbytes for at in places], host, link)
+                )
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 "the GPU has no room for all experts", remedy="lower --vram"
@@ -78,6 +80,10 @@ class ResidentRecords:
     def address(self, layer: int, expert: int) -> int | None:
         """See :class:`Residency`."""
         return self._layers[layer][expert].data_ptr()
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Always."""
+        return True
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Nothing is missing."""

@@ -85,6 +85,10 @@ class WholeLayers:
     def address(self, layer: int, expert: int) -> None:
         """None: buffers are used again."""
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Never: a layer is moved for each pass."""
+        return False
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Whole layers are moved whatever is guessed."""
 

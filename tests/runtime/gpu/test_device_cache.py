@@ -54,7 +54,7 @@ def use(cache: DeviceCache, pack: FakePack, layer: int, experts: list[int]) -> l
         for expert, record in records.items():
             assert bytes(record.numpy().data) == pack.bytes[layer, expert], (layer, expert)
         turns.append(list(records))
-    assert sorted(sum(turns, [])) == sorted(experts)
+    assert sorted(expert for turn in turns for expert in turn) == sorted(experts)
     return turns
 
 
@@ -130,7 +130,9 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         for nbytes, size in self.cache._classes.items():
-            entries = [e for e in self.cache._entries.values() if self.cache._nbytes(e.key) == nbytes]
+            entries = [
+                e for e in self.cache._entries.values() if self.cache._nbytes(e.key) == nbytes
+            ]
             assert sorted([e.slot for e in entries] + size.free) == list(range(size.slots))
             assert all(entry.pins == 0 for entry in entries)
             assert sorted(size.staged) == sorted(e.key for e in entries if e.guessed)

@@ -17,7 +17,7 @@ from ...experts import ExpertsAdapter
 from ..activation import recognize
 from ..reference import decode_projection
 from . import products
-from .experts import ExpertShape, GpuExperts, make_table
+from .experts import ExpertShape, GpuExperts
 from .products import combine
 
 
@@ -70,7 +70,12 @@ class TritonEngine:
         hidden = adapter.activate(self._project(record, spec, first, x))
         return adapter.finish(self._project(record, spec, "down", hidden))
 
-    def fused(self, adapter: ExpertsAdapter) -> GpuExperts | None:
+    def fused(self, adapter: ExpertsAdapter) -> TritonExperts | None:
+        """See :class:`moepack_runtime.kernels.Engine`."""
+        experts = self.grouped(adapter)
+        return None if experts is None else TritonExperts(experts)
+
+    def grouped(self, adapter: ExpertsAdapter) -> GpuExperts | None:
         """The kernels for a layer, where they have its activation."""
         activation = recognize(adapter)
         if activation is None:
@@ -78,11 +83,6 @@ class TritonEngine:
         return GpuExperts(
             ExpertShape(adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation)
         )
-
-    def one_token(self, adapter: ExpertsAdapter) -> _OneToken | None:
-        """See :class:`moepack_runtime.kernels.Engine`."""
-        experts = self.fused(adapter)
-        return None if experts is None else _OneToken(experts)
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""
@@ -100,8 +100,8 @@ class TritonEngine:
         return y if bias is None else y + decode_projection(record, bias, y.dtype)
 
 
-class _OneToken:
-    """See :class:`moepack_runtime.kernels.OneToken`."""
+class TritonExperts:
+    """See :class:`moepack_runtime.kernels.FusedExperts`."""
 
     def __init__(self, experts: GpuExperts) -> None:
         self._experts = experts
@@ -114,9 +114,8 @@ class _OneToken:
         weights: Tensor,
         outputs: Tensor | None = None,
     ) -> Tensor:
-        for record, spec in zip(records, specs, strict=True):
-            products.check_packed(record, spec.payload_nbytes, x.device)
-        table = make_table(records, specs)
+        """See :class:`moepack_runtime.kernels.FusedExperts`."""
+        table = self._experts.table(records, specs)
         index = torch.arange(len(records), device=x.device)
         partial = self._experts.partial(len(records), x.device)
         self._experts.one_token(x, index, table, partial)
@@ -124,7 +123,31 @@ class _OneToken:
         combine(partial, weights, result)
         return result
 
+    def takes(self, tokens: int) -> bool:
+        """Any number: tiles are decoded where they are multiplied."""
+        return True
+
+    def tokens(
+        self,
+        x: Tensor,
+        record: Tensor,
+        spec: RecordSpec,
+        tokens: Tensor,
+        places: Tensor,
+        weights: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """See :class:`moepack_runtime.kernels.FusedExperts`."""
+        table = self._experts.table([record], [spec])
+        index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=x.device)
+        part = outputs.new_empty(len(tokens), outputs.shape[1])
+        self._experts.many_tokens(x[tokens], index, weights.view(-1, 1), table, part)
+        outputs[places] = part
+
     def total(self, outputs: Tensor) -> Tensor:
-        y = outputs.new_empty(outputs.shape[1])
-        combine(outputs.unsqueeze(1), None, y)
-        return y
+        """See :class:`moepack_runtime.kernels.FusedExperts`."""
+        tokens, choices, width = outputs.shape
+        y = outputs.new_empty(tokens * width)
+        # Tokens side by side in one row for each choice.
+        combine(outputs.transpose(0, 1).reshape(choices, 1, tokens * width), None, y)
+        return y.view(tokens, width)

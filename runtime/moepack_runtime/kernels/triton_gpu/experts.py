@@ -21,7 +21,7 @@ from moepack_formats.schemes import BLOCK_COLS, TILE_ROWS
 from ..activation import Activation
 from . import matmul, matvec, sizes
 from .layout import cell_width
-from .products import combine
+from .products import check_packed, combine
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RecordTable:
 
     Attributes:
         addresses: ``[E]`` int64 on the device; multiples of 16.
-        layout_of: ``[E]`` int32 on the device, indices of ``layouts``.
+        layout_of: ``[E]`` int64 on the device, indices of ``layouts``.
         layouts: The distinct layouts.
     """
 
@@ -71,6 +71,25 @@ class GpuExperts:
     def __init__(self, shape: ExpertShape) -> None:
         self.shape = shape
         self._split = sizes.split_inputs(shape.hidden, shape.intermediate)
+
+    @staticmethod
+    def table(records: Sequence[Tensor], specs: Sequence[RecordSpec]) -> RecordTable:
+        """A table of records anywhere on one device; their number is the index.
+
+        Raises:
+            FormatError: A record is shorter than its layout says.
+            ValueError: Records are on several devices, or not aligned.
+        """
+        device = records[0].device
+        for record, spec in zip(records, specs, strict=True):
+            check_packed(record, spec.payload_nbytes, device)
+        layouts = tuple({id(spec): spec for spec in specs}.values())
+        numbers = {id(spec): number for number, spec in enumerate(layouts)}
+        addresses = [record.data_ptr() for record in records]
+        both = torch.tensor([addresses, [numbers[id(spec)] for spec in specs]])
+        if device.type == "cuda":
+            both = both.pin_memory().to(device, non_blocking=True)
+        return RecordTable(both[0], both[1], layouts)
 
     def partial(self, choices: int, device: torch.device) -> Tensor:
         """Room for :meth:`one_token`: ``[K, S, H]`` float32."""
@@ -291,13 +310,3 @@ def sort_places(index: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Row
     last = torch.minimum(first + rows, starts[expert] + counts[expert])
     expert = torch.where(number < ends[num_experts], expert, num_experts)
     return order, RowTiles(expert.int(), first.int(), last.int())
-
-
-def make_table(records: Sequence[Tensor], specs: Sequence[RecordSpec]) -> RecordTable:
-    """A table of records that lie anywhere on one device; their number is the index."""
-    layouts = tuple({id(spec): spec for spec in specs}.values())
-    numbers = {id(spec): number for number, spec in enumerate(layouts)}
-    device = records[0].device
-    addresses = torch.tensor([record.data_ptr() for record in records], dtype=torch.int64)
-    layout_of = torch.tensor([numbers[id(spec)] for spec in specs], dtype=torch.int32)
-    return RecordTable(addresses.to(device), layout_of.to(device), layouts)

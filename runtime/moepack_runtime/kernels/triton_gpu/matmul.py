@@ -66,7 +66,7 @@ def up_rows(
         tile_first: ``[tiles]`` int32, the tile's first row.
         tile_last: ``[tiles]`` int32, the row after its last.
         table: ``[E]`` int64, addresses of records.
-        layout_of: ``[E]`` int32.
+        layout_of: ``[E]`` int64.
         layout: The layout that this launch computes.
         num_experts: E.
         hidden: H.
@@ -159,7 +159,7 @@ def down_rows(
         tile_first: ``[tiles]`` int32.
         tile_last: ``[tiles]`` int32.
         table: ``[E]`` int64.
-        layout_of: ``[E]`` int32.
+        layout_of: ``[E]`` int64.
         layout: The layout that this launch computes.
         num_experts: E.
         hidden: H.

@@ -51,7 +51,7 @@ def experts_up(
         x: ``[H]``.
         index: ``[K]`` int64.
         table: ``[E]`` int64, addresses of records.
-        layout_of: ``[E]`` int32.
+        layout_of: ``[E]`` int64.
         layout: The layout that this launch computes.
         num_experts: E.
         hidden: H.
@@ -128,7 +128,7 @@ def experts_down(
         h: ``[K, I]`` float32.
         index: ``[K]`` int64.
         table: ``[E]`` int64.
-        layout_of: ``[E]`` int32.
+        layout_of: ``[E]`` int64.
         layout: The layout that this launch computes.
         num_experts: E.
         hidden: H.

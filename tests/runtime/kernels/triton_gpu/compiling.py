@@ -24,7 +24,7 @@ from moepack_runtime.kernels.triton_gpu import dense, matmul, matvec, sizes
 TYPES = {
     "x": "*bf16", "h": "*bf16", "bias": "*bf16", "out": "*fp32", "partial": "*fp32",
     "packed": "*u8", "weights": "*fp32", "index": "*i64", "table": "*i64", "tiles": "*i64",
-    "place": "*i64", "layout_of": "*i32", "tile_expert": "*i32", "tile_first": "*i32",
+    "place": "*i64", "layout_of": "*i64", "tile_expert": "*i32", "tile_first": "*i32",
     "tile_last": "*i32", "alpha": "fp32", "limit": "fp32", "up_offset": "fp32",
 }  # fmt: skip
 # Multiples of 16 where shapes are as they usually are; Triton specialises for that.

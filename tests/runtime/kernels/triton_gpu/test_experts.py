@@ -14,7 +14,7 @@ from moepack_formats.record import RecordSpec, plan_record
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.kernels.reference import ReferenceEngine
 from moepack_runtime.kernels.triton_gpu.engine import TritonEngine
-from moepack_runtime.kernels.triton_gpu.experts import make_table, sort_places
+from moepack_runtime.kernels.triton_gpu.experts import sort_places
 from tests.runtime.kernels.matrices import ACTIVATIONS, FakeAdapter, random_record, relative
 
 ENGINE = TritonEngine()
@@ -28,7 +28,7 @@ def one_token(device: torch.device, adapter: Any, specs: list[RecordSpec]) -> No
     wanted = torch.zeros_like(x)
     for record, spec, weight in zip(records, specs, weights, strict=True):
         wanted += weight * ReferenceEngine().expert(record, spec, adapter, x.unsqueeze(0))[0]
-    fused = ENGINE.one_token(adapter)
+    fused = ENGINE.fused(adapter)
     assert fused is not None
     there = [record.to(device) for record in records]
     x, weights = x.to(device), weights.to(device)
@@ -38,7 +38,7 @@ def one_token(device: torch.device, adapter: Any, specs: list[RecordSpec]) -> No
     for k in range(len(specs) if len(specs) > 1 else 0):
         fused(x, there[k : k + 1], specs[k : k + 1], weights[k : k + 1], parts[k : k + 1])
     if len(specs) > 1:
-        assert torch.equal(fused.total(parts), got)
+        assert torch.equal(fused.total(parts.unsqueeze(0))[0], got)
 
 
 def many_tokens(
@@ -54,9 +54,9 @@ def many_tokens(
             token = x[place // 2].unsqueeze(0)
             y = ReferenceEngine().expert(records[expert], specs[expert], adapter, token)[0]
             wanted[place] = y * weights.reshape(-1)[place]
-    experts = ENGINE.fused(adapter)
+    experts = ENGINE.grouped(adapter)
     assert experts is not None
-    table = make_table([record.to(device) for record in records], specs)
+    table = experts.table([record.to(device) for record in records], specs)
     out = torch.full_like(wanted, 7.0, device=device)
     experts.many_tokens(x.to(device), index.to(device), weights.to(device), table, out)
     assert relative(out.cpu(), wanted) < 2e-5
@@ -103,11 +103,29 @@ def test_an_expert_on_more_tokens_than_a_tile(device: torch.device) -> None:
     many_tokens(device, FakeAdapter(64, 32, SILU), [spec], 40)
 
 
+def test_one_expert_with_all_of_its_tokens(device: torch.device) -> None:
+    adapter: Any = FakeAdapter(48, 40, SILU)
+    spec = plan_record(48, 40, "q4g64", "q8g64")
+    record, x = random_record(spec, 1), torch.randn(4, 48)
+    tokens, places, weights = torch.tensor([3, 0]), torch.tensor([5, 1]), torch.tensor([0.5, 2.0])
+    wanted = torch.zeros(6, 48)
+    y = ReferenceEngine().expert(record, spec, adapter, x[tokens])
+    wanted[places] = y * weights.unsqueeze(1)
+    outputs, fused = torch.zeros(6, 48, device=device), ENGINE.fused(adapter)
+    assert fused is not None
+    assert fused.takes(2)
+    numbers = tokens.to(device), places.to(device), weights.to(device)
+    fused.tokens(x.to(device), record.to(device), spec, *numbers, outputs)
+    assert relative(outputs.cpu(), wanted) < 2e-5
+    total = fused.total(outputs.view(3, 2, 48)).cpu()
+    torch.testing.assert_close(total, wanted.view(3, 2, 48).sum(1), rtol=1e-4, atol=1e-4)
+
+
 def test_the_general_path(device: torch.device) -> None:
     """An activation that the kernels lack, and a norm after down."""
     adapter: Any = FakeAdapter(48, 40, lambda gate, up: gate * gate * up)
     adapter.finish = lambda y: F.rms_norm(y, y.shape[-1:])
-    assert ENGINE.one_token(adapter) is None
+    assert ENGINE.fused(adapter) is None
     spec = plan_record(48, 40, "q4g64", "bf16", bias=True)
     record, x = random_record(spec, 1), torch.randn(3, 48)
     wanted = ReferenceEngine().expert(record, spec, adapter, x)

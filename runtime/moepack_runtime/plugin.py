@@ -24,10 +24,14 @@ from moepack_formats.pack import Pack
 
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
+from .gpu.compute import DeviceCompute
+from .gpu.device_cache import DeviceCache
+from .gpu.speculator import DeviceSpeculator
+from .gpu.tier import DeviceTier, open_tier, resolve_device
 from .hub.cache import complete_snapshot
 from .kernels import select
 from .kernels.native_engine import NativeEngine
-from .options import current_options
+from .options import RuntimeOptions, current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
 from .prefetch import Speculator
@@ -50,7 +54,9 @@ class PackRuntime:
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
         engine: Computes with packed weights.
-        computes: For each experts module, what it computes with.
+        computes: For each experts module, what it computes with on the CPU.
+        device: Where the trunk computes.
+        tier: Experts on a GPU; None on the CPU.
         tape: Plays tokens; None where nothing is recorded.
     """
 
@@ -63,21 +69,27 @@ class PackRuntime:
     ) -> None:
         self.pack, self.stats = pack, Statistics()
         self.tape: TapeForward | None = None
+        self.tier: DeviceTier | None = None
         options = current_options()
         adapters = find_experts(model)
         _check_layers(model, pack, adapters)
         for adapter in adapters:
             adapter.strip()
-        self.engine = select(options.engine, options.activations, options.threads)
+        self.device = resolve_device(options)
+        self.engine = select(
+            options.engine, options.activations, options.threads, device=self.device
+        )
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
-        self.residency: Residency = open_residency(
-            pack, options, trunk_nbytes(model, dtype), self.stats
-        )
-        self.speculator = (
-            Speculator(model, adapters, self.residency, self.stats) if options.prefetch else None
-        )
         self.computes: dict[nn.Module, ExpertsCompute] = {}
+        nbytes = trunk_nbytes(model, dtype)
+        if self.device.type == "cuda" or options.link is not None:
+            self._install_on_device(model, adapters, options, nbytes)
+            return
+        self.residency: Residency = open_residency(pack, options, nbytes, self.stats)
+        self.speculator: Speculator | None = None
+        if options.prefetch:
+            self.speculator = Speculator(model, adapters, self.residency, self.stats)
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -91,11 +103,41 @@ class PackRuntime:
             adapter.install(compute)
             self.computes[adapter.module] = compute
 
+    def _install_on_device(
+        self,
+        model: PreTrainedModel,
+        adapters: list[ExpertsAdapter],
+        options: RuntimeOptions,
+        nbytes: int,
+    ) -> None:
+        """Experts in GPU memory; ``nbytes`` of it are the trunk's."""
+        self.tier = open_tier(self.pack, options, self.device, nbytes, adapters, self.stats)
+        self.residency, self.speculator = self.tier.residency, None
+        guesses = None
+        if options.prefetch and isinstance(self.residency, DeviceCache):
+            guesses = DeviceSpeculator(model, adapters, self.residency, self.stats)
+            self.speculator = guesses
+        for layer, adapter in enumerate(adapters):
+            compute = DeviceCompute(
+                layer,
+                adapter,
+                self.pack.layers[layer],
+                self.residency,
+                guesses,
+                self.stats,
+                self.engine,
+                self.tier.link,
+                self.tier.helper,
+            )
+            adapter.install(compute)
+
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
-        if isinstance(self.engine, NativeEngine) and current_options().tape:
+        if self.tier is not None or not current_options().tape:
+            return
+        if isinstance(self.engine, NativeEngine):
             self.tape = install(model, dict(self.computes), self.engine)
 
     def close(self) -> None:
@@ -132,7 +174,7 @@ class MoepackQuantizer(HfQuantizer):
     requires_calibration = True  # packs are made by `moepack convert`, never while loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what this version cannot do.
+        """Refuse device maps: where a pack runs is an option of its own.
 
         Raises:
             UsageError: A device map that names anything but the CPU.
@@ -141,7 +183,11 @@ class MoepackQuantizer(HfQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
             if place not in (None, "cpu", torch.device("cpu")):
-                raise UsageError("this version runs packs on the CPU", got=f"device_map {place!r}")
+                raise UsageError(
+                    "packs take no device map",
+                    got=f"device_map {place!r}",
+                    remedy='load the pack inside moepack.options(device="cuda")',
+                )
 
     def _process_model_before_weight_loading(
         self,
@@ -170,6 +216,13 @@ class MoepackQuantizer(HfQuantizer):
         # Not runtime.close: the runtime knows the model, and would keep it alive.
         weakref.finalize(model, _close, runtime.residency, pack)
         return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        """The trunk goes to its device."""
+        device: torch.device = cast(Any, model).moepack.device
+        return model if device.type == "cpu" else cast(Any, model).to(device)
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
         """None: the trunk is stored under the model's own names."""

@@ -61,7 +61,7 @@ class CudaLink:
 
     def done(self, event: Event) -> bool:
         """See :class:`Link`."""
-        return cast(_CudaEvent, event).end.query()
+        return bool(cast(_CudaEvent, event).end.query())
 
     def wait(self, event: Event) -> None:
         """See :class:`Link`."""
@@ -74,7 +74,7 @@ class CudaLink:
         marks = cast(_CudaEvent, event)
         if marks.start is None or not marks.end.query():
             return None
-        return marks.start.elapsed_time(marks.end) / 1000
+        return float(marks.start.elapsed_time(marks.end)) / 1000
 
     def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
         """See :class:`Link`."""

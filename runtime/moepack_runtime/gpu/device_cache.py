@@ -23,7 +23,6 @@ from moepack_formats.pack import Pack
 
 from ..options import format_size
 from ..policies import Key, get_policy
-from ..residency import Residency
 from ..slot_cache import record_sizes
 from ..statistics import Statistics
 from .host_source import HostSource
@@ -98,7 +97,7 @@ class DeviceCache:
 
     Args:
         pack: An open pack.
-        host: Brings records to host memory.
+        source: Gives records in host memory.
         budget: Bytes for all slots; at least one slot of each record size.
         options: Policy, and whether experts stay.
         stats: Where hits, misses and bytes are counted.
@@ -108,15 +107,14 @@ class DeviceCache:
     def __init__(
         self,
         pack: Pack,
-        host: Residency,
+        source: HostSource,
         budget: int,
         options: CacheOptions,
         stats: Statistics,
         link: Link,
     ) -> None:
         self._pack, self._stats, self._link = pack, stats, link
-        self._source = HostSource(host, link)
-        self._keep = options.keep
+        self._source, self._keep = source, options.keep
         self._entries: dict[Key, _Entry] = {}
         self._guesses: deque[Key] = deque()
         self._copies: deque[tuple[int, Event]] = deque()

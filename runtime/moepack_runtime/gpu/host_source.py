@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -31,10 +31,13 @@ class HostSource:
     Args:
         host: Where records are in host memory.
         link: Says when copies are done.
+        unpin: Called when no copy is under way any more, before the host's memory goes.
     """
 
-    def __init__(self, host: Residency, link: Link) -> None:
-        self._host, self._link = host, link
+    def __init__(
+        self, host: Residency, link: Link, unpin: Callable[[], None] = lambda: None
+    ) -> None:
+        self._host, self._link, self._unpin = host, link, unpin
         self._held: deque[_Held] = deque()
         self._current: _Held | None = None
 
@@ -82,6 +85,7 @@ class HostSource:
     def close(self) -> None:
         """Let go of everything, then close the host's residency."""
         self._let_go(0)
+        self._unpin()
         self._host.close()
 
     def _next(self, held: _Held, layer: int, experts: Sequence[int]) -> dict[int, Tensor] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MODES = ("off", "on", "auto")
 _RECENT = 0.1
 """Weight of a new measurement."""
 

@@ -1,4 +1,4 @@
-"""Guessing for a GPU: what the next layer's router picks reaches the host with this layer's picks."""
+"""Guessing for a GPU: guesses for the next layer reach the host with this layer's indices."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from moepack_formats.pack import Pack
 
 from ..options import format_size
-from ..residency import Residency
 from ..statistics import Statistics
 from .host_source import HostSource
 from .link import Event, Link
@@ -37,14 +36,14 @@ class WholeLayers:
 
     Args:
         pack: An open pack.
-        host: Brings records to host memory.
+        source: Gives records in host memory.
         stats: Where misses and bytes are counted.
         link: The device.
     """
 
-    def __init__(self, pack: Pack, host: Residency, stats: Statistics, link: Link) -> None:
+    def __init__(self, pack: Pack, source: HostSource, stats: Statistics, link: Link) -> None:
         self._pack, self._stats, self._link = pack, stats, link
-        self._source = HostSource(host, link)
+        self._source = source
         largest = max(sum(at.spec.nbytes for at in layer) for layer in pack.layers)
         self._buffers = [
             torch.empty(largest, dtype=torch.uint8, device=link.device) for _ in range(2)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from moepack_formats.errors import ResourceError
 from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache, share_out
+from moepack_runtime.gpu.host_source import HostSource
 from moepack_runtime.gpu.simulated_link import LinkSpec, RaceError, SimulatedLink
 from moepack_runtime.statistics import Statistics
 from tests.runtime.fake_pack import EXPERTS, LARGE, LAYERS, SMALL, FakePack
@@ -39,7 +40,9 @@ def opened(
         pack, stats, link = FakePack(Path(folder), 1), Statistics(), SimulatedLink(SLOW, delay)
         host = FakeHost(pack, host_slots, at_hand)
         options = CacheOptions(keep=keep)
-        cache = DeviceCache(pack, host, slots * SMALL.nbytes, options, stats, link)  # type: ignore[arg-type]
+        cache = DeviceCache(
+            pack, HostSource(host, link), slots * SMALL.nbytes, options, stats, link
+        )  # type: ignore[arg-type]
         try:
             yield cache, pack, host, link, stats
         finally:
@@ -79,9 +82,9 @@ class Machine(RuleBasedStateMachine):
         self.link = SimulatedLink(SLOW, delay)
         self.host = FakeHost(self.pack, host_slots, at_hand=set())
         budget = slots * SMALL.nbytes + (LARGE.nbytes if sizes == 2 else 0)
-        self.cache = DeviceCache(
-            self.pack, self.host, budget, CacheOptions(keep=keep), self.stats, self.link  # type: ignore[arg-type]
-        )  # fmt: skip
+        source = HostSource(self.host, self.link)
+        options = CacheOptions(keep=keep)
+        self.cache = DeviceCache(self.pack, source, budget, options, self.stats, self.link)  # type: ignore[arg-type]
         assert self.cache.nbytes <= budget
         self.demands = 0
 

@@ -191,7 +191,7 @@ def test_two_models_from_one_pack(pack: Path, ids: torch.Tensor) -> None:
 def test_device_maps(pack: Path, place: Any) -> None:
     with pytest.raises((UsageError, ValueError)) as error:
         AutoModelForCausalLM.from_pretrained(pack, device_map=place)
-    assert "CPU" in str(error.value) or "accelerate" in str(error.value)
+    assert "device map" in str(error.value) or "accelerate" in str(error.value)
 
 
 def test_validate_environment_says_what_is_wrong() -> None:

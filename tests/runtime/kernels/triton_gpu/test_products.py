@@ -55,6 +55,8 @@ def test_products_equal_the_reference(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_sixteen_bit_inputs(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    if device.type == "cpu" and dtype == torch.bfloat16 and tokens > 1:
+        pytest.skip("the interpreter has no matrix products of bfloat16")
     scheme, shape = SCHEMES["q4g64"], (32, 192)
     data, x = packed(scheme, *shape), torch.randn(2, tokens, 192).to(dtype)
     x = x if tokens > 1 else x[:1]
@@ -68,9 +70,9 @@ def test_sixteen_bit_inputs(device: torch.device, dtype: torch.dtype, tokens: in
 def test_a_split_of_the_inputs_changes_little_and_only_with_the_shape(
     device: torch.device,
 ) -> None:
-    scheme, shape = SCHEMES["q2g16s4"], (16, 1100)
+    scheme, shape = SCHEMES["q2g16s4"], (16, 1030)
     assert sizes.split_inputs(*shape).count == 2
-    data, x = packed(scheme, *shape).to(device), torch.randn(1, 1100, device=device)
+    data, x = packed(scheme, *shape).to(device), torch.randn(1, 1030, device=device)
     first = ENGINE.linear(x, data, scheme, shape, None)
     assert torch.equal(first, ENGINE.linear(x, data, scheme, shape, None))
     weight = reference.decode_matrix(data, scheme, shape, torch.float32)

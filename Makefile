@@ -83,8 +83,8 @@ test-slow: $(STAMP)  ## run the slow tests
 
 test-gpu: $(STAMP)  ## run the tests that need a GPU, Triton's kernels among them
 	@$(PY) tests/bench/gpu/need.py
-	@TRITON_INTERPRET=0 $(PY) -m pytest -q -m "gpu and not slow" tests/runtime/kernels/triton_gpu \
-		tests/runtime/gpu/test_cuda.py $(TESTFLAGS)
+	@TRITON_INTERPRET=0 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "gpu and not slow" \
+		tests/runtime/kernels/triton_gpu tests/runtime/gpu/test_cuda.py $(TESTFLAGS)
 
 bench-gpu: $(STAMP)  ## measure this machine's GPU, into docs/gpu/REPORT-<gpu>.md
 	@TRITON_INTERPRET=0 $(PY) -m tests.bench.gpu.report

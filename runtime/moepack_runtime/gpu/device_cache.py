@@ -123,6 +123,8 @@ class DeviceCache:
             nbytes: _SizeClass(nbytes, slots, sizes[nbytes], options.policy, link)
             for nbytes, slots in share_out(budget, sizes).items()
         }
+        # What used the memory before may still be queued.
+        link.copy_after(link.computed())
 
     @property
     def slots(self) -> int:
@@ -217,7 +219,7 @@ class DeviceCache:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Remember guesses; they are copied behind the demands of the layer that asks next."""
-        self._guesses = deque((layer, expert) for expert in experts)
+        self._guesses = deque((layer, expert) for expert in dict.fromkeys(experts))
         for _, expert in self._guesses:
             if not self._source.holds(layer, expert):
                 self._source.prefetch(layer, [expert])

@@ -48,6 +48,8 @@ class ResidentRecords:
     @staticmethod
     def _load(layer: int, sizes: Sequence[int], host: Residency, link: Link) -> list[Tensor]:
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=link.device)
+        # What used the memory before may still be queued.
+        link.copy_after(link.computed())
         records = list(memory.split(list(sizes)))
         for expert, record in host.fetch(layer, range(len(sizes))):
             # The host's slot is given to another record next.

@@ -48,6 +48,8 @@ class WholeLayers:
         self._buffers = [
             torch.empty(largest, dtype=torch.uint8, device=link.device) for _ in range(2)
         ]
+        # What used the memory before may still be queued.
+        link.copy_after(link.computed())
         self._used: list[Event | None] = [None, None]
         self._ahead: _Moved | None = None
         self._next = 0

@@ -25,7 +25,7 @@ from .layout import bits, block_cells, cell_cols, kind
 RAW = tl.constexpr(layout.RAW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layout", "num_experts"])
 def up_rows(
     x,
     stride,
@@ -122,7 +122,7 @@ def up_rows(
     tl.store(at, value, mask=live[:, None] & (out < intermediate)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layout", "num_experts"])
 def down_rows(
     h,
     stride,
@@ -200,7 +200,7 @@ def down_rows(
     tl.store(at, total, mask=live[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def linear_rows(
     x,
     stride,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,3 +72,27 @@ def measure(model: Any, ids: Tensor, progress: Any = None) -> Perplexity:
             total += F.cross_entropy(logits, run[1:], reduction="sum").item()
             tokens += len(run) - 1
     return Perplexity(total / tokens, tokens, len(runs))
+
+
+def decode_nats(model: Any, ids: Tensor, progress: Any = None) -> list[float]:
+    """Score a text token by token, as it would be generated.
+
+    Args:
+        model: A causal model of transformers.
+        ids: ``[T]`` token ids, at least two.
+        progress: Wraps the windows, as tqdm does.
+
+    Returns:
+        For each window, the negative log-likelihood of its tokens but the first, in nats.
+    """
+    runs = list(windows(ids, window_length(model)))
+    totals = []
+    with torch.no_grad():
+        for run in progress(runs) if progress is not None else runs:
+            total, cache = 0.0, None
+            for token, following in pairwise(run):
+                output = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                total += F.cross_entropy(output.logits[0].float(), following.view(1)).item()
+            totals.append(total)
+    return totals

@@ -36,7 +36,8 @@ class Silent:
 
 
 def make_pack(source: Path, out: Path, *, force: bool = False, **options: Any) -> Manifest:
-    """Convert a checkpoint folder."""
+    """Convert a checkpoint folder; embeddings and head stay 16-bit unless options say otherwise."""
+    options.setdefault("head_bits", 16)
     checkpoint = open_checkpoint(str(source))
     try:
         plan = make_plan(checkpoint, ConvertOptions(**options))

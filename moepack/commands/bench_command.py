@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from moepack_runtime.options import format_size, parse_size
 from .common import (
     common_options,
     load,
+    physical_cores,
     print_json,
     runtime_options,
     set_up,
@@ -26,7 +28,20 @@ from .common import (
 @click.command("bench")
 @click.argument("pack")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens of the measured prefill.",
+)
+@click.option(
+    "--context-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens before the measured decoding.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -42,16 +57,24 @@ from .common import (
     help="With --ablation: simulate a GPU behind a link of so many bytes a second, as 16GB. Times "
     "are then simulated too.",
 )
+@click.option(
+    "--peer-gguf",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="Run llama.cpp with a GGUF file in turns with the pack (needs the extra `bench`).",
+)
 @runtime_options
 @common_options
 def command(
     pack: str,
     max_new_tokens: int,
     prompt_tokens: int,
+    context_tokens: int,
     rounds: int,
     seed: int,
     ablation: bool,
     simulate_link: int | None,
+    peer_gguf: Path | None,
     as_json: bool,
     verbose: bool,
     debug: bool,
@@ -60,48 +83,58 @@ def command(
     """Measure decode and prefill speed of PACK on random tokens.
 
     Tokens are drawn uniformly from the vocabulary: a model's own greedy text repeats itself, which
-    would flatter the cache. Medians over rounds are printed.
+    would flatter the cache. Medians over rounds are printed; a round before them does not count.
     """
+    from .. import speed
+
     set_up(verbose)
     if ablation:
         lengths = prompt_tokens, max_new_tokens
         _ablation(pack, lengths, seed, simulate_link, as_json, runtime)
         return
     model = load(pack, **runtime)
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
+    threads = runtime["threads"] or physical_cores()
     vocabulary = model.config.get_text_config().vocab_size
-    length = prompt_tokens + max_new_tokens
-    prefill, decode = [], []
-    stats, decoding = model.moepack.stats, type(model.moepack.stats)()
-    for _ in range(rounds):
-        ids = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
-        start = time.perf_counter()
-        cache = model(ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1).past_key_values
-        prefill.append(prompt_tokens / (time.perf_counter() - start))
-        stats.reset()  # hits and bytes are those of decoding
-        start = time.perf_counter()
-        for i in range(prompt_tokens, length):
-            cache = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
-        decode.append(max_new_tokens / (time.perf_counter() - start))
-        decoding.add(stats)
+    peer = None
+    if peer_gguf is not None:
+        room = max(prompt_tokens, context_tokens + max_new_tokens)
+        peer = speed.LlamaRunner(peer_gguf, room, threads)
+        vocabulary = min(vocabulary, peer.vocabulary)
+    plan = speed.Plan(prompt_tokens, context_tokens, max_new_tokens, rounds, seed, vocabulary)
+    mine, others, decoding = speed.measure(plan, speed.PackRunner(model), model.moepack.stats, peer)
+    demands = (decoding.hits + decoding.misses) / max(decoding.tokens, 1)
+    nbytes = speed.packed_nbytes_per_token(model, demands)
+    memory = speed.read_bandwidth(threads)
     values = {
-        "decode_tokens_per_s": statistics.median(decode),
-        "decode_range": [min(decode), max(decode)],
-        "prefill_tokens_per_s": statistics.median(prefill),
-        "prefill_range": [min(prefill), max(prefill)],
+        **_speeds_json("", mine),
         **statistics_json(decoding),
+        "packed_bytes_per_token": nbytes,
+        "packed_bytes_per_s": nbytes * statistics.median(mine.decode),
+        "read_bytes_per_s": memory,
     }
+    if others is not None:
+        values |= _speeds_json("peer_", others)
+        values["decode_ratio"] = _ratio(mine.decode, others.decode)
+        values["prefill_ratio"] = _ratio(mine.prefill, others.prefill)
     if as_json:
         print_json(values)
         return
-    click.echo(f"decode   {_speed(decode)} tokens/s")
-    click.echo(f"prefill  {_speed(prefill)} tokens/s")
+    _print_speeds("", mine)
     click.echo(f"cache    {statistics_line(decoding)}")
     if decoding.bytes_per_token is not None:
         click.echo(f"         {format_size(decoding.bytes_per_token)} a token")
+    rate = f"packed   {format_size(nbytes)} a token, {values['packed_bytes_per_s'] / 1e9:.1f} GB/s"
+    click.echo(rate if memory is None else f"{rate} of {memory / 1e9:.1f} GB/s that memory gives")
     click.echo(f"memory   {model.moepack.residency.describe()}")
+    if model.moepack.tape is not None:
+        click.echo(f"engine   {model.moepack.engine.name}; {model.moepack.tape.describe()}")
+    if others is not None:
+        click.echo(f"llama.cpp, {peer_gguf}")
+        _print_speeds("  ", others)
+        click.echo(
+            f"ratio    decode {values['decode_ratio']:.2f}, prefill {values['prefill_ratio']:.2f} "
+            "(medians of the rounds' ratios)"
+        )
 
 
 def _ablation(
@@ -155,5 +188,22 @@ def _ablation(
         click.echo("the settings did not choose the same tokens (see --hybrid)")
 
 
-def _speed(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def _speeds_json(prefix: str, speeds: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in ("decode", "prefill"):
+        figures = getattr(speeds, name)
+        values[f"{prefix}{name}_tokens_per_s"] = statistics.median(figures)
+        values[f"{prefix}{name}_range"] = [min(figures), max(figures)]
+    return values
+
+
+def _print_speeds(indent: str, speeds: Any) -> None:
+    for name in ("decode", "prefill"):
+        figures = getattr(speeds, name)
+        text = f"{statistics.median(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
+        click.echo(f"{indent}{name:8} {text} tokens/s")
+
+
+def _ratio(mine: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios round by round: a drift of the machine's speed cancels out."""
+    return statistics.median(a / b for a, b in zip(mine, others, strict=True))

@@ -7,15 +7,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from moepack_formats import osio
+from moepack_formats.errors import UsageError
 from moepack_runtime.options import (
     ACTIVATIONS,
     ENGINES,
     HYBRID_MODES,
     IO_MODES,
+    SCOPES,
+    RuntimeOptions,
     format_size,
     parse_size,
 )
@@ -72,11 +77,32 @@ def runtime_options(function: F) -> F:
             help="What computes with packed weights; auto is native where it was built.",
         ),
         click.option(
+            "--cache-bias",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            metavar="X",
+            help="Lossy: choose experts in memory where router scores are close, X of their spread "
+            "(such as 0.1); `moepack eval` says what it costs [default: 0, off].",
+        ),
+        click.option(
+            "--pin",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="TRACE",
+            help="Keep the experts most used in a trace, in half of the memory for experts.",
+        ),
+        click.option(
+            "--scope",
+            type=click.Choice(SCOPES),
+            default=RuntimeOptions.scope,
+            show_default=True,
+            help="Whether all layers share the memory for experts or each has an equal part.",
+        ),
+        click.option(
             "--policy",
             type=click.Choice(policy_names()),
-            default="lru",
+            default=RuntimeOptions.policy,
             show_default=True,
-            help="Which cached expert gives way.",
+            help="Which cached expert gives way (belady: only in `moepack simulate`).",
         ),
         click.option(
             "--prefetch/--no-prefetch", default=True, help="Guess the next layer's experts."
@@ -106,12 +132,28 @@ def runtime_options(function: F) -> F:
     return function
 
 
+def read_text(path: Path) -> str:
+    """A text file that the user names.
+
+    Raises:
+        UsageError: It is not UTF-8.
+        ResourceError: It cannot be read.
+    """
+    try:
+        with osio.io_errors(path):
+            return path.read_text(encoding="utf-8")  # line ends of any system become \n
+    except UnicodeDecodeError:
+        raise UsageError("not a UTF-8 text", where=path) from None
+
+
 def set_up(verbose: bool) -> None:
     """Quiet libraries, warnings of ours on stderr, no progress bars but our own."""
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="moepack: %(message)s", stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not verbose:  # what is tried again is no news
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def load(
@@ -122,6 +164,9 @@ def load(
     io: str,
     prefetch: bool,
     policy: str,
+    scope: str,
+    pin: Path | None,
+    cache_bias: float,
     device: str,
     vram: int | None,
     hybrid: str,
@@ -140,7 +185,9 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     from moepack_runtime.loading import load_pack
+    from moepack_runtime.trace import most_used, read_trace
 
+    pins = most_used(read_trace(pin)) if pin is not None else ()
     transformers_logging.disable_progress_bar()
     threads = threads or physical_cores()
     torch.set_num_threads(threads)
@@ -152,6 +199,9 @@ def load(
         io=io,
         prefetch=prefetch,
         policy=policy,
+        scope=scope,
+        pins=pins,
+        cache_bias=cache_bias,
         engine=engine,
         activations=activations,
         threads=threads,
@@ -193,6 +243,7 @@ def statistics_json(stats: Statistics) -> dict[str, Any]:
         "misses": stats.misses,
         "hit_ratio": stats.hit_ratio,
         "prefetch_recall": stats.recall,
+        "prefetch_stops": stats.prefetch_stops,
         "bytes_read": stats.bytes_read,
         "bytes_per_token": stats.bytes_per_token,
         "bytes_copied": stats.bytes_copied,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moepack_formats import osio
+from moepack.intervals import Interval, paired_interval
 from moepack_formats.errors import UsageError
 
 from .common import (
     common_options,
     load,
     print_json,
+    read_text,
     runtime_options,
     set_up,
     statistics_json,
@@ -48,14 +51,14 @@ def command(
     each is not scored. With --source the mean KL divergence from the checkpoint that PACK was made
     of, and how often both think the same token most likely, with 95% intervals over the windows;
     the checkpoint is read layer by layer and may be larger than memory.
+
+    With --cache-bias the text is decoded token by token, without and with it, and what it costs in
+    perplexity and brings in hits is printed.
     """
     set_up(verbose)
-    try:
-        with osio.io_errors(text):
-            content = text.read_text(encoding="utf-8")  # line ends of any system become \n
-    except UnicodeDecodeError:
-        raise UsageError("not a UTF-8 text", where=text) from None
-
+    if source is not None and runtime["cache_bias"]:
+        raise UsageError("--source and --cache-bias are measured one at a time")
+    content = read_text(text)
     model = load(pack, **runtime)
     import torch
     from tqdm import tqdm
@@ -70,6 +73,9 @@ def command(
     if source is not None:
         scores = _compare(model, ids, source)
         _print_scores(scores, model, as_json)
+        return
+    if model.moepack.bias is not None:
+        _print_bias(_bias_cost(model, ids), runtime["cache_bias"], as_json)
         return
     result = measure(model, ids, lambda runs: tqdm(runs, unit="window", disable=None))
     if as_json:
@@ -87,6 +93,79 @@ def command(
             f"perplexity {result.perplexity:.4f} ({result.nats:.5f} nats a token, "
             f"{result.tokens} tokens in {result.windows} windows)"
         )
+
+
+@dataclass(frozen=True)
+class _BiasCost:
+    """A text decoded without and with the cache bias.
+
+    Attributes:
+        tokens: Scored tokens of each window.
+        nats: Nats of each window, without and with.
+        hit_ratios: The same of the cache.
+        nudged: Choices of routers that were changed, a token.
+    """
+
+    tokens: list[int]
+    nats: tuple[list[float], list[float]]
+    hit_ratios: tuple[float | None, float | None]
+    nudged: float
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Without and with."""
+        without, with_bias = (math.exp(sum(nats) / sum(self.tokens)) for nats in self.nats)
+        return without, with_bias
+
+    @property
+    def loss(self) -> Interval:
+        """Nats a token that the bias costs, paired by window."""
+        return paired_interval(self.nats[1], self.nats[0], self.tokens)
+
+
+def _bias_cost(model: Any, ids: Tensor) -> _BiasCost:
+    from tqdm import tqdm
+
+    from moepack.perplexity import decode_nats, window_length, windows
+
+    bias, stats = model.moepack.bias, model.moepack.stats
+    tokens = [len(run) - 1 for run in windows(ids, window_length(model))]
+    if not tokens:
+        raise UsageError("the text is too short to score", wanted="two tokens", got=len(ids))
+    nats, hit_ratios = [], []
+    for bias.active in (False, True):
+        stats.reset()
+        nats.append(decode_nats(model, ids, lambda runs: tqdm(runs, unit="window", disable=None)))
+        hit_ratios.append(stats.hit_ratio)
+    nudged = stats.nudged / sum(tokens)
+    return _BiasCost(tokens, (nats[0], nats[1]), (hit_ratios[0], hit_ratios[1]), nudged)
+
+
+def _print_bias(cost: _BiasCost, share: float, as_json: bool) -> None:
+    without, with_bias = cost.perplexities
+    if as_json:
+        print_json(
+            {
+                "perplexity": with_bias,
+                "perplexity_without_cache_bias": without,
+                "nats_per_token_above": cost.loss.mean,
+                "nats_per_token_above_95": cost.loss.half_width,
+                "hit_ratio": cost.hit_ratios[1],
+                "hit_ratio_without_cache_bias": cost.hit_ratios[0],
+                "nudged_per_token": cost.nudged,
+                "tokens": sum(cost.tokens),
+                "windows": len(cost.tokens),
+            }
+        )
+        return
+    hits = ["none" if ratio is None else f"{ratio:.1%}" for ratio in cost.hit_ratios]
+    click.echo(f"cache bias   none       {share:g}")
+    click.echo(f"perplexity   {without:<9.4f}  {with_bias:.4f} ({with_bias / without - 1:+.2%})")
+    click.echo(f"cache hits   {hits[0]:<9}  {hits[1]}")
+    click.echo(
+        f"it costs {cost.loss} nats a token and changes {cost.nudged:.2f} choices a token "
+        f"({sum(cost.tokens)} tokens in {len(cost.tokens)} windows)"
+    )
 
 
 def _compare(model: Any, ids: Tensor, source: str) -> Scores:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +14,9 @@ from moepack.convert.source_files import (
     find_index,
     read_weight_map,
 )
-from moepack_runtime.hub.errors import (
-    CLIENT_ERRORS,
-    RETRY_STATUSES,
-    explain,
-    root_cause,
-    status_of,
-)
+from moepack_runtime.hub.errors import UnreachableError
+from moepack_runtime.hub.remote import LIBRARY
+from moepack_runtime.hub.retry import retrying
 
 # What a conversion may use, beside the weights; code and pickles are left out whatever their name.
 SMALL_FILES = [
@@ -44,7 +39,6 @@ SMALL_FILES = [
     f"gptq_model-*{INDEX_SUFFIX}",
 ]
 WHOLE_WEIGHTS = ["model.safetensors", "gptq_model-*.safetensors"]
-RETRY_SECONDS = (1.0, 4.0, 10.0)
 
 
 def download(
@@ -98,19 +92,19 @@ def download_small_files(repo_id: str, *, revision: str | None, offline: bool = 
 
 
 def _fetch(repo_id: str, revision: str | None, patterns: list[str], *, offline: bool) -> Path:
-    for delay in (*RETRY_SECONDS, None):
-        try:
-            folder = snapshot_download(
+    try:
+        folder = retrying(
+            lambda: snapshot_download(
                 repo_id,
                 revision=revision,
                 local_files_only=offline,
                 allow_patterns=patterns,
                 ignore_patterns=["*.py", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)],
-                library_name="moepack",
-            )
-            return Path(folder)
-        except CLIENT_ERRORS as error:
-            if delay is None or status_of(root_cause(error)) not in RETRY_STATUSES:
-                raise explain(error, repo_id, revision) from error
-        time.sleep(delay)
-    raise AssertionError("the last try returns or raises")
+                library_name=LIBRARY,
+            ),
+            repo_id,
+            revision,
+        )
+    except UnreachableError as error:
+        raise error.or_folder() from error
+    return Path(folder)

@@ -1,8 +1,9 @@
 """Which recipe fits a machine, and how fast it may run: from a config alone, before any download.
 
 Speed is what bandwidth allows: every weight that a token needs is read once, from memory where it
-is resident and from the disk where it is not. An expert is taken to be resident as often as there
-is room for it, which is pessimistic: real texts ask for some experts more than for others.
+is resident and from the disk where it is not; of an input embedding that is one row. An expert is
+taken to be resident as often as there is room for it, which is pessimistic: real texts ask for some
+experts more than for others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
 from moepack_runtime.experts import find_experts
 
 from .meta_model import build_meta_model
+from .options import INTEGER_BITS
 from .trunk_policy import trunk_policy
 
 RECIPES = ("q8g64", "q4g64", "q3g32s4", "q2g16s4", "q2g64")
@@ -49,12 +51,14 @@ class ModelSizes:
     Attributes:
         expert_parameters: Weights of the routed experts.
         trunk_nbytes: Everything else, as packed.
+        trunk_token_nbytes: What of it a token reads.
         record_nbytes: ``{scheme: bytes of all experts}``.
         token_nbytes: ``{scheme: bytes of the experts that one token asks for}``.
     """
 
     expert_parameters: int
     trunk_nbytes: int
+    trunk_token_nbytes: int
     record_nbytes: dict[str, int]
     token_nbytes: dict[str, int]
 
@@ -103,8 +107,12 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
     """Sizes of a model from its ``config.json``.
 
     Raises:
-        UsageError: The model is not supported, or does not say how many experts a token has.
+        UsageError: The model is not supported, or does not say how many experts a token has, or
+            there is no such width.
     """
+    if attn_bits not in INTEGER_BITS:
+        wanted = f"one of {', '.join(map(str, INTEGER_BITS))}"
+        raise UsageError("--attn-bits", wanted=wanted, got=attn_bits)
     model = build_meta_model(config)
     adapters = find_experts(model)
     expert_names = {f"{a.name}.{p}" for a in adapters for p in a.parameters}
@@ -113,12 +121,14 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
     if scheme is not None:
         for linear in trunk_policy(model, adapters, scheme).packed:
             packed[f"{linear.name}.weight"] = scheme.packed_nbytes(linear.rows, linear.cols)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    trunk = sum(
-        packed.get(name, tensor.numel() * tensor.element_size())
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    trunk = {
+        name: packed.get(name, tensor.numel() * tensor.element_size())
         for name, tensor in model.state_dict().items()
         if name not in expert_names and name not in tied
-    )
+    }
+    looked_up = _looked_up(model) - set(tied.values())
+    token_trunk = sum(nbytes for name, nbytes in trunk.items() if name not in looked_up)
     top_k = _top_k(config)
     whole, token = dict.fromkeys(RECIPES, 0), dict.fromkeys(RECIPES, 0)
     parameters = 0
@@ -137,7 +147,7 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
         matrices = 2 + adapter.gated
         size = adapter.hidden_size * adapter.intermediate_size * matrices
         parameters += size * adapter.num_experts
-    return ModelSizes(parameters, trunk, whole, token)
+    return ModelSizes(parameters, sum(trunk.values()), token_trunk, whole, token)
 
 
 def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
@@ -222,11 +232,18 @@ def _fit(
     room = machine.ram + machine.vram - sizes.trunk_nbytes
     resident = min(max(room / experts, 0.0), 1.0)
     token = sizes.token_nbytes[like] * experts / sizes.record_nbytes[like]
-    seconds = (sizes.trunk_nbytes + token) / machine.memory_speed
+    seconds = (sizes.trunk_token_nbytes + token) / machine.memory_speed
     seconds += token * (1 - resident) / machine.disk_speed
     bits = experts * 8 / sizes.expert_parameters
     speed = 1 / seconds if room > 0 else 0.0
     return Fit(name, options, bits, nbytes, resident, speed, nbytes <= machine.disk)
+
+
+def _looked_up(model: Any) -> set[str]:
+    """Names of the input embedding's tensors, of which a token reads a row."""
+    embedding = model.get_input_embeddings()
+    own = {id(tensor) for tensor in embedding.parameters()} if embedding is not None else set()
+    return {name for name, tensor in model.named_parameters() if id(tensor) in own}
 
 
 def _top_k(config: Mapping[str, Any]) -> int:

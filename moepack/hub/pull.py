@@ -98,7 +98,7 @@ def pull(
             progress.notice(f"ignored {len(listing.ignored)} files with code or pickles: {names}")
         wanted = _wanted(listing, layers)
         if had_pack and not repair:
-            return _check_existing(out, listing, wanted)
+            return _check_existing(out, listing, wanted, progress)
         if had_pack and (out / MANIFEST_NAME).read_bytes() != listing.manifest_data:
             _clear(out, listing)
         _write_state(staging, _State(repo_id, revision, remote.commit))
@@ -244,7 +244,9 @@ def _wanted(listing: PackListing, layers: Iterable[int] | None) -> list[str]:
     return [name for name in manifest.files if name not in others]
 
 
-def _check_existing(out: Path, listing: PackListing, wanted: list[str]) -> PullReport:
+def _check_existing(
+    out: Path, listing: PackListing, wanted: list[str], progress: TransferProgress
+) -> PullReport:
     """The folder holds a pack already: it must be this one, and whole."""
     if (out / MANIFEST_NAME).read_bytes() != listing.manifest_data:
         raise ResourceError(
@@ -252,13 +254,16 @@ def _check_existing(out: Path, listing: PackListing, wanted: list[str]) -> PullR
             where=out,
             remedy="choose another folder, or give --repair to replace what differs",
         )
+    files = listing.manifest.files
+    progress.start(sum(files[name].size for name in wanted), f"checking {out.name}")
     for name in wanted:
-        if not is_right(resolve_inside(out, name), listing.manifest.files[name]):
+        if not is_right(resolve_inside(out, name), files[name]):
             raise IntegrityError(
                 "a file is damaged or missing",
                 where=out / name,
                 remedy="give --repair to fetch what is wrong again",
             )
+        progress.advance(files[name].size)
     return PullReport(listing.remote.commit, 0, len(wanted), 0, complete=True)
 
 

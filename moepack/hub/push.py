@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from moepack_formats.errors import UsageError
+from moepack_formats.errors import NetworkError, UsageError
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
@@ -20,7 +19,7 @@ from moepack_runtime.hub.remote import LIBRARY, RemoteRepo
 from moepack_runtime.hub.retry import retrying
 
 from .card import Quality, is_ours, model_card
-from .upload import Item, upload_in_batches, upload_with_pipeline
+from .upload import Item, upload
 
 CARD_NAME = "README.md"
 MESSAGE = "Upload a pack with moepack"
@@ -82,7 +81,7 @@ def push(
     remote = RemoteRepo.at(repo_id, revision)
     names = {name: _remote_name(name, compress=compress) for name in manifest.files}
     _check_is_ours(remote, names)
-    missing = _missing(remote, folder, manifest, names)
+    missing = _missing(remote, folder, manifest, names, progress)
     card = _card(remote, folder, manifest, repo_id, quality)
     stale = _stale(remote, names)
     if not missing and card is None and not stale and _has_manifest(remote, folder):
@@ -92,10 +91,7 @@ def push(
     progress.start(sum(item.nbytes for item in items))
     if (missing or stale) and MANIFEST_NAME in remote.files:
         _commit(api, remote, [CommitOperationDelete(MANIFEST_NAME)], revision, remote.commit)
-    if compress or not _has_xet():
-        upload_in_batches(api, repo_id, revision, items, MESSAGE, progress)
-    elif items:
-        upload_with_pipeline(api, repo_id, revision, folder, items, MESSAGE, progress)
+    upload(api, repo_id, revision, items, MESSAGE, progress)
     last: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in stale
     ]
@@ -103,13 +99,11 @@ def push(
         last.append(CommitOperationAdd(CARD_NAME, card))
     last.append(CommitOperationAdd(MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes()))
     # On top of what was there a moment ago: somebody else's push in between is found out.
-    commit = _commit(api, remote, last, revision, RemoteRepo.at(repo_id, revision).commit)
+    now = RemoteRepo.at(repo_id, revision)
+    _check_arrived(now, manifest, names)
+    commit = _commit(api, remote, last, revision, now.commit)
     nbytes = sum(item.nbytes for item in items)
     return PushReport(url, commit, len(items), len(manifest.files) - len(items), nbytes)
-
-
-def _has_xet() -> bool:
-    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 def _ready_repo(api: HfApi, repo_id: str, *, private: bool, revision: str | None) -> str:
@@ -149,25 +143,47 @@ def _check_is_ours(remote: RemoteRepo, names: dict[str, str]) -> None:
 
 
 def _missing(
-    remote: RemoteRepo, folder: Path, manifest: Manifest, names: dict[str, str]
+    remote: RemoteRepo,
+    folder: Path,
+    manifest: Manifest,
+    names: dict[str, str],
+    progress: TransferProgress,
 ) -> list[str]:
     """Files that the repository lacks or has otherwise; each is compared with the manifest."""
     # Behind a manifest like ours the files are ours, compressed ones too.
     finished = _has_manifest(remote, folder)
-    missing = []
+    other = []
     for name, facts in manifest.files.items():
         there = remote.files.get(names[name])
-        if there is not None and names[name] != name and finished:
-            continue
-        if there is not None and there.sha256 == facts.sha256:
-            continue
+        same = there is not None and there.sha256 == facts.sha256
+        if not same and not (there is not None and names[name] != name and finished):
+            other.append(name)
+    progress.start(sum(manifest.files[name].size for name in other), f"checking {folder.name}")
+    missing = []
+    for name in other:
         path = resolve_inside(folder, name)
-        check_sha256(path, facts, path)
+        check_sha256(path, manifest.files[name], path, remedy="run verify, then convert again")
+        progress.advance(manifest.files[name].size)
+        there = remote.files.get(names[name])
         small = there is not None and there.sha256 is None
-        if small and there is not None and there.blob_id == _git_id(path.read_bytes()):
-            continue
-        missing.append(name)
+        if not (small and there is not None and there.blob_id == _git_id(path.read_bytes())):
+            missing.append(name)
     return missing
+
+
+def _check_arrived(remote: RemoteRepo, manifest: Manifest, names: dict[str, str]) -> None:
+    """The manifest may be shown only with the files that it lists."""
+    for name, facts in manifest.files.items():
+        there = remote.files.get(names[name])
+        as_it_is = names[name] == name
+        if there is None or (as_it_is and there.sha256 not in (None, facts.sha256)):
+            raise NetworkError(
+                "the repository lacks what was sent: somebody else changes it, or its .gitignore "
+                "leaves the file out",
+                where=remote.repo_id,
+                got=names[name],
+                remedy="run it again: what has arrived is kept",
+            )
 
 
 def _has_manifest(remote: RemoteRepo, folder: Path) -> bool:

@@ -1,21 +1,23 @@
-"""The two ways up: the Hub client's own pipeline over Xet, and batches of our own without it."""
+"""Uploading files: one after the other, and a commit every so many."""
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from moepack_formats import osio
+from moepack_formats.errors import IntegrityError
 from moepack_formats.manifest import FileEntry
 from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.retry import retrying
 
 from .compress import compress_layer_file
+from .send import Sender, Share, sender
 
 BATCH_FILES = 50
 BATCH_NBYTES = 20_000_000_000
@@ -45,35 +47,7 @@ class Item:
         return self.facts.size
 
 
-def upload_with_pipeline(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    folder: Path,
-    items: Sequence[Item],
-    message: str,
-    progress: TransferProgress,
-) -> None:
-    """Upload through Xet: chunked, deduplicated, committed in batches by the client.
-
-    Raises:
-        NetworkError: The Hub cannot be reached or refuses.
-    """
-    retrying(
-        lambda: api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
-            allow_patterns=[glob.escape(item.name) for item in items],
-        ),
-        repo_id,
-        revision,
-    )
-    progress.advance(sum(item.nbytes for item in items))
-
-
-def upload_in_batches(
+def upload(
     api: HfApi,
     repo_id: str,
     revision: str | None,
@@ -83,50 +57,57 @@ def upload_in_batches(
 ) -> None:
     """Upload file by file, and commit every so many.
 
-    A large file is on the Hub as soon as it is sent, before the commit that shows it, so that a
-    push that is broken off has to send at most one again.
+    The Hub allows some hundred commits an hour, so a file does not get one of its own. But it is
+    on the Hub as soon as it is sent, before the commit that shows it: a push that is broken off
+    has at most one file to send again.
 
     Raises:
-        IntegrityError: A layer file that is to be compressed is damaged.
+        IntegrityError: A layer file that is to be compressed is damaged, or a file was changed.
         NetworkError: The Hub cannot be reached or refuses.
         ResourceError: There is no room for a compressed file.
     """
-    for number, batch in enumerate(_batches(items), 1):
-        operations = []
-        for item in batch:
-            operations.append(_preupload(api, repo_id, revision, item))
-            progress.advance(item.nbytes)
-        title = message if number == 1 else f"{message} (part {number})"
-        retrying(
-            lambda operations=operations, title=title: api.create_commit(  # type: ignore[misc]
-                repo_id, operations, commit_message=title, revision=revision
-            ),
-            repo_id,
-            revision,
-        )
+    # There is one bar, and it is not one of the client's.
+    with disable_progress_bars():
+        way = sender(api, repo_id, revision)
+        for number, batch in enumerate(_batches(items), 1):
+            operations = [_send(way, item, progress) for item in batch]
+            title = message if number == 1 else f"{message} (part {number})"
+            retrying(
+                lambda operations=operations, title=title: api.create_commit(  # type: ignore[misc]
+                    repo_id, operations, commit_message=title, revision=revision
+                ),
+                repo_id,
+                revision,
+            )
 
 
-def _preupload(api: HfApi, repo_id: str, revision: str | None, item: Item) -> CommitOperationAdd:
-    """Send one file's bytes, if it is a large one."""
-
-    def send(operation: CommitOperationAdd) -> CommitOperationAdd:
-        retrying(
-            lambda: api.preupload_lfs_files(repo_id, [operation], revision=revision),
-            repo_id,
-            revision,
-        )
-        return operation
-
+def _send(way: Sender, item: Item, progress: TransferProgress) -> CommitOperationAdd:
+    """Send one file, compressed if it is to be."""
+    share = Share(progress, item.nbytes)
     if item.name == item.remote_name:
-        return send(CommitOperationAdd(item.remote_name, item.path))
+        operation = way.send(item.path, item.remote_name, share)
+        if operation.upload_info.sha256.hex() != item.facts.sha256:
+            raise IntegrityError(
+                "the file was changed while it was sent",
+                where=item.path,
+                remedy="push again when nothing writes to the folder any more",
+            )
+    else:
+        operation = _send_compressed(way, item, share)
+    share.reach(1)
+    return operation
+
+
+def _send_compressed(way: Sender, item: Item, share: Share) -> CommitOperationAdd:
     with osio.io_errors("temporary file"), tempfile.TemporaryDirectory() as folder:
         compressed = Path(folder) / item.path.name
         compress_layer_file(item.path, compressed, item.facts)
+        operation = way.send(compressed, item.remote_name, share)
         # A small file may be sent with the commit, when the temporary one is gone; a large file
         # is not needed again once it is sent.
-        small = compressed.stat().st_size <= SMALL_NBYTES
-        content = compressed.read_bytes() if small else compressed
-        return send(CommitOperationAdd(item.remote_name, content))
+        if compressed.stat().st_size <= SMALL_NBYTES:
+            operation.path_or_fileobj = compressed.read_bytes()
+        return operation
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:

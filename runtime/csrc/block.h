@@ -210,14 +210,15 @@ uint64_t read_sum(const uint8_t* data, int64_t nbytes) {
 
 // Instruction sets with few registers walk the tile, which is in the cache by then, once more for
 // each of the tokens beyond V::kTokens.
-template <class V, Scheme S, bool INT8, int N>
+template <class V, Scheme S, bool INT8, bool BYTES, int N>
 void walk(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
-  constexpr int each = N < V::kTokens ? N : V::kTokens;
-  for (int n = 0; n < N; n += each) tile<V, S, INT8, each>(w, blocks, rows + n, y + 16 * n);
+  constexpr int most = BYTES ? V::kByteTokens : V::kTokens, each = N < most ? N : most;
+  for (int n = 0; n < N; n += each) tile<V, S, INT8, BYTES, each>(w, blocks, rows + n, y + 16 * n);
 }
 
-template <class V, Scheme S, bool INT8> constexpr void fill(TileFn (&out)[3]) {
-  out[0] = walk<V, S, INT8, 1>, out[1] = walk<V, S, INT8, 2>, out[2] = walk<V, S, INT8, 4>;
+template <class V, Scheme S, bool INT8, bool BYTES = false> constexpr void fill(TileFn (&out)[3]) {
+  out[0] = walk<V, S, INT8, BYTES, 1>, out[1] = walk<V, S, INT8, BYTES, 2>;
+  out[2] = walk<V, S, INT8, BYTES, 4>;
 }
 
 template <class V, int S> constexpr void fill_schemes(Kernels& k) {
@@ -228,6 +229,10 @@ template <class V, int S> constexpr void fill_schemes(Kernels& k) {
       k.decode_tile[S] = decode_raw_tile<V, scheme>;
     } else {
       fill<V, scheme, true>(k.tile[S][1]);
+      if constexpr (kFormats[S].bits < 8) {
+        k.expand_tile[S] = expand_tile<V, scheme>;
+        fill<V, scheme, true, true>(k.expanded[S]);
+      }
       k.decode_tile[S] = decode_tile<V, scheme>;
     }
     fill_schemes<V, S + 1>(k);

@@ -13,16 +13,13 @@ enum Unary {
 };
 enum Binary { ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM };
 
+// `out` may be `a` itself, but they never overlap in part: so says ivdep, without which nothing
+// vectorizes.
 template <class F>
 MOEPACK_INLINE void map(const float* a, int64_t sa, float* out, int64_t so, int64_t n, F f) {
   if (sa == 1 && so == 1) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      float y[kLanes];  // out may be a: all lanes are read before one is written
-      for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j]);
-      memcpy(out + i, y, sizeof y);
-    }
-    for (; i < n; ++i) out[i] = f(a[i]);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) out[i * so] = f(a[i * sa]);
   }
@@ -66,17 +63,16 @@ void unary(int kind, const double* scalar, const float* a, int64_t sa, float* ou
 template <class F>
 MOEPACK_INLINE void map2(const float* a, int64_t sa, const float* b, int64_t sb, float* out,
                          int64_t so, int64_t n, F f) {
-  int64_t i = 0;
-  if (so == 1 && sa == 1 && (sb == 1 || sb == 0))
-    for (; i + kLanes <= n; i += kLanes) {
-      float y[kLanes];
-      if (sb == 1)
-        for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j], b[i + j]);
-      else
-        for (int j = 0; j < kLanes; ++j) y[j] = f(a[i + j], b[0]);
-      memcpy(out + i, y, sizeof y);
-    }
-  for (; i < n; ++i) out[i * so] = f(a[i * sa], b[i * sb]);
+  if (so == 1 && sa == 1 && sb == 1) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i], b[i]);
+  } else if (so == 1 && sa == 1 && sb == 0) {
+    float same = b[0];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i], same);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i * so] = f(a[i * sa], b[i * sb]);
+  }
 }
 
 void binary(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out, int64_t so,
@@ -136,13 +132,7 @@ template <class V> void add_scaled(const float* a, float scale, float* out, int6
 void softmax(const float* a, int64_t n, float* out) {
   float most = a[0];
   for (int64_t i = 1; i < n; ++i) most = a[i] > most || a[i] != a[i] ? a[i] : most;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    float y[kLanes];
-    for (int j = 0; j < kLanes; ++j) y[j] = exp_lane(a[i + j] - most);
-    memcpy(out + i, y, sizeof y);
-  }
-  for (; i < n; ++i) out[i] = exp_lane(a[i] - most);
+  map(a, 1, out, 1, n, [=](float x) MOEPACK_LAMBDA { return exp_lane(x - most); });
   float total = sum(out, n);
   for (int64_t k = 0; k < n; ++k) out[k] /= total;
 }

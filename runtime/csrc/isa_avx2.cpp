@@ -11,7 +11,7 @@ struct Avx2 {
   struct Partial { __m256i a[2]; };  // 16-bit sums: two products in each
   struct Ints { __m256i a[2]; };
   struct Floats { __m256 a[2]; };
-  static constexpr int kTokens = 2;
+  static constexpr int kTokens = 2, kByteTokens = 2;
   static constexpr bool kPairs = true;
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) { return R{{f(0), f(1)}}; }
@@ -51,55 +51,74 @@ struct Avx2 {
   static MOEPACK_INLINE Ints widen(Partial p) {
     return EACH(Ints, _mm256_madd_epi16(p.a[i], _mm256_set1_epi16(1)));
   }
+  // Adds the products of one quad for every token; both halves of the rows share a broadcast, and no
+  // more registers are alive than there are.
+  template <int N, bool FIRST>
+  static MOEPACK_INLINE void add_quad(Codes c, const Row* rows, int64_t col, Partial* sum) {
+    for (int n = 0; n < N; ++n) {
+      __m256i four = broadcast(rows[n].q + col);
+      for (int i = 0; i < 2; ++i) {
+        __m256i product = _mm256_maddubs_epi16(c.a[i], four);
+        sum[n].a[i] = FIRST ? product : _mm256_add_epi16(sum[n].a[i], product);
+      }
+    }
+  }
+
   // 16 inputs of 2-bit codes. Two fields of four stay where they are and count fourfold: their sum
   // is shifted, not they.
-  template <int N>
+  template <bool BYTES, int N>
   static MOEPACK_INLINE void dot_16(const uint8_t* w, const Row* rows, int64_t col, Partial* out) {
-    __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(12);
-    for (int i = 0; i < 2; ++i) {
-      __m256i c = load256(w + 32 * i), upper = _mm256_srli_epi16(c, 4);
-      __m256i code[4] = {_mm256_and_si256(c, low), _mm256_and_si256(c, high),
-                         _mm256_and_si256(upper, low), _mm256_and_si256(upper, high)};
-      for (int n = 0; n < N; ++n) {
-        auto product = [&](int quad) MOEPACK_LAMBDA {
-          return _mm256_maddubs_epi16(code[quad], broadcast(rows[n].q + col + 4 * quad));
-        };
-        __m256i once = _mm256_add_epi16(product(0), product(2));
-        __m256i fourfold = _mm256_add_epi16(product(1), product(3));
-        out[n].a[i] = _mm256_add_epi16(once, _mm256_srai_epi16(fourfold, 2));
-      }
+    if constexpr (BYTES) {
+      add_quad<N, true>(load(w), rows, col, out);
+      add_quad<N, false>(load(w + 64), rows, col + 4, out);
+      add_quad<N, false>(load(w + 128), rows, col + 8, out);
+      add_quad<N, false>(load(w + 192), rows, col + 12, out);
+    } else {
+      Codes c = load(w), upper = EACH(Codes, _mm256_srli_epi16(c.a[i], 4));
+      Partial fourfold[N];
+      add_quad<N, true>(field<0, 12>(c), rows, col + 4, fourfold);
+      add_quad<N, false>(field<0, 12>(upper), rows, col + 12, fourfold);
+      add_quad<N, true>(field<0, 3>(c), rows, col, out);
+      add_quad<N, false>(field<0, 3>(upper), rows, col + 8, out);
+      for (int n = 0; n < N; ++n)
+        for (int i = 0; i < 2; ++i)
+          out[n].a[i] = _mm256_add_epi16(out[n].a[i], _mm256_srai_epi16(fourfold[n].a[i], 2));
     }
   }
 
   // 32 inputs of two groups under 4-bit scales and minima. The scale stands in both halves of a
   // row's 32 bits, so that one instruction sums a row's products and weighs them; the minima of the
   // two groups stand side by side, as the sums of the activations do.
-  template <int N>
+  template <bool BYTES, int N>
   static MOEPACK_INLINE void pair_of_groups(const uint8_t* w, const uint8_t* metadata,
                                             const Row* rows, int64_t col, Ints* high, Ints* base) {
-    Partial dots[2][N];
-    dot_16<N>(w, rows, col, dots[0]);
-    dot_16<N>(w + 64, rows, col + 16, dots[1]);
-    prefetch(w + kPrefetch), prefetch(w + 64 + kPrefetch);
     __m256i four_bits = _mm256_set1_epi32(0x000F000F);
     __m256i spread = _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,  //
                                       4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
-    __m256i group[2];
-    for (int g = 0; g < 2; ++g)
-      group[g] = _mm256_broadcastsi128_si256(
+    auto spread_to = [&](int g, int i) MOEPACK_LAMBDA {
+      __m256i both = _mm256_broadcastsi128_si256(
           _mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata + 16 * g)));
+      __m256i of_rows = _mm256_add_epi8(spread, _mm256_set1_epi16(static_cast<int16_t>(8 * i)));
+      return _mm256_shuffle_epi8(both, of_rows);
+    };
+    for (int g = 0; g < 2; ++g) {
+      Partial dots[N];
+      dot_16<BYTES, N>(w + g * (BYTES ? 256 : 64), rows, col + 16 * g, dots);
+      if constexpr (!BYTES) prefetch(w + 64 * g + kPrefetch);
+      for (int i = 0; i < 2; ++i) {
+        __m256i scale = _mm256_and_si256(spread_to(g, i), four_bits);
+        for (int n = 0; n < N; ++n) {
+          __m256i weighed = _mm256_madd_epi16(dots[n].a[i], scale);
+          high[n].a[i] = g == 0 ? weighed : _mm256_add_epi32(high[n].a[i], weighed);
+        }
+      }
+    }
     for (int i = 0; i < 2; ++i) {
-      __m256i rows_of = _mm256_add_epi8(spread, _mm256_set1_epi16(static_cast<int16_t>(8 * i)));
-      __m256i first = _mm256_shuffle_epi8(group[0], rows_of);
-      __m256i second = _mm256_shuffle_epi8(group[1], rows_of);
-      __m256i minima = _mm256_and_si256(
-          _mm256_srli_epi16(_mm256_blend_epi16(first, second, 0xAA), 4), four_bits);
-      first = _mm256_and_si256(first, four_bits), second = _mm256_and_si256(second, four_bits);
+      __m256i minima = _mm256_blend_epi16(spread_to(0, i), spread_to(1, i), 0xAA);
+      minima = _mm256_and_si256(_mm256_srli_epi16(minima, 4), four_bits);
       for (int n = 0; n < N; ++n) {
         int32_t sums;
         memcpy(&sums, rows[n].qsum16 + col / 16, 4);
-        high[n].a[i] = _mm256_add_epi32(_mm256_madd_epi16(dots[0][n].a[i], first),
-                                        _mm256_madd_epi16(dots[1][n].a[i], second));
         base[n].a[i] = _mm256_madd_epi16(minima, _mm256_set1_epi32(sums));
       }
     }

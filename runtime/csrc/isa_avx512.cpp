@@ -11,7 +11,7 @@ struct Avx512 {
   using Partial = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int kTokens = 4;
+  static constexpr int kTokens = 4, kByteTokens = 4;
   static constexpr bool kPairs = false;
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -16,7 +16,7 @@ struct Neon {
   struct Ints { int32x4_t a[4]; };
   struct Floats { float32x4_t a[4]; };
   using Partial = Ints;
-  static constexpr int kTokens = 2;
+  static constexpr int kTokens = 2, kByteTokens = 4;
   static constexpr bool kPairs = false;
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) {

@@ -13,7 +13,7 @@ struct Portable {
   using Ints = SignedWords;
   using Partial = Ints;
   using Floats = FloatWords;
-  static constexpr int kTokens = 1;
+  static constexpr int kTokens = 1, kByteTokens = 4;
   static constexpr bool kPairs = false;
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {

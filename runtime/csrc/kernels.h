@@ -29,6 +29,10 @@ struct Kernels {
   bool (*supported)();
   // [scheme][0: float activations, 1: int8][1, 2 or 4 tokens]
   TileFn tile[kSchemes][2][3];
+  // For many tokens at int8 activations: a tile with a byte for each code, and walks over that. NULL
+  // where codes are bytes anyway. A code block has 1024 bytes then.
+  void (*expand_tile[kSchemes])(const uint8_t* tile, int64_t blocks, uint8_t* out);
+  TileFn expanded[kSchemes][3];
   // Fill one block of a row from up to 64 values; what is missing is zero.
   void (*quantize_block)(const float* x, int64_t count, Row& row, int64_t block);
   void (*copy_block)(const float* x, int64_t count, Row& row, int64_t block);
@@ -68,5 +72,10 @@ inline bool uses_int8(int32_t scheme, int32_t mode) {
 // Tokens of the next walk over a tile, and the index of its kernel in Kernels::tile.
 inline int walk_tokens(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 inline int walk_index(int tokens) { return tokens >> 1; }
+
+inline int64_t expanded_nbytes(int32_t scheme, int64_t blocks) {
+  return kFormats[scheme].tile_nbytes(blocks * kBlockCols) +
+         blocks * (kTileRows * kBlockCols - kFormats[scheme].code_nbytes());
+}
 
 }  // namespace moepack

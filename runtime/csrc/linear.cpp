@@ -31,21 +31,20 @@ int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
   }
   int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
   int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
-  const TileFn* walk = kernels().tile[scheme][int8];
+  Walks walks{scheme, int8, blocks, tokens};
   int64_t each = chunk_pieces(tile_nbytes, tiles, threads);
   for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
-    alignas(64) float out[kMaxTokens * kTileRows];
+    static thread_local Scratch own;
+    own.reset(Scratch::rounded(tokens * kTileRows * 4) + walks.buffer_nbytes());
+    float* out = own.take<float>(tokens * kTileRows);
+    uint8_t* buffer = own.take<uint8_t>(walks.buffer_nbytes());
     int64_t end = (chunk + 1) * each < tiles ? (chunk + 1) * each : tiles;
     for (int64_t tile = chunk * each; tile < end; ++tile) {
-      const uint8_t* w = packed + tile * tile_nbytes;
+      walks.run(packed + tile * tile_nbytes, inputs, buffer, out, kTileRows);
       int64_t first = tile * kTileRows, count = rows - first < kTileRows ? rows - first : kTileRows;
-      for (int64_t t = 0; t < tokens;) {
-        int together = walk_tokens(tokens - t);
-        walk[walk_index(together)](w, blocks, inputs + t, out);
-        for (int n = 0; n < together; ++n, ++t)
-          for (int64_t r = 0; r < count; ++r)
-            y[t * rows + first + r] = out[n * kTileRows + r] + (bias ? bias[first + r] : 0.0f);
-      }
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < count; ++r)
+          y[t * rows + first + r] = out[t * kTileRows + r] + (bias ? bias[first + r] : 0.0f);
     }
   });
   return MOEPACK_OK;

@@ -33,17 +33,25 @@ void add_bias(float* values, const uint8_t* bias, int64_t tile) {
   for (int r = 0; r < kTileRows; ++r) values[r] += b[r];
 }
 
-// Tokens whose intermediate values a thread holds at a time.
-constexpr int64_t kTokensTogether = 8;
-
-// Calls walk kernels on up to kTokensTogether tokens; out [tokens, 16].
-void walk_tile(int32_t scheme, bool int8, const uint8_t* tile, int64_t blocks, const Row* rows,
-               int64_t tokens, float* out) {
-  for (int64_t t = 0; t < tokens;) {
-    int together = walk_tokens(tokens - t);
-    kernels().tile[scheme][int8][walk_index(together)](tile, blocks, rows + t, out + t * kTileRows);
-    t += together;
+// What one chunk of work needs besides its inputs.
+struct Room {
+  float* values;     // [tokens, 64]: outputs of gate, then the intermediate
+  float* up;         // [tokens, 16]
+  uint8_t* buffer;   // see Walks
+  static int64_t nbytes(int64_t tokens, int64_t buffer) {
+    return Scratch::rounded(tokens * kBlockCols * 4) + Scratch::rounded(tokens * kTileRows * 4) +
+           buffer;
   }
+};
+
+Room take_room(int64_t tokens, int64_t buffer) {
+  static thread_local Scratch scratch;
+  scratch.reset(Room::nbytes(tokens, buffer));
+  Room room;
+  room.values = scratch.take<float>(tokens * kBlockCols);
+  room.up = scratch.take<float>(tokens * kTileRows);
+  room.buffer = scratch.take<uint8_t>(buffer);
+  return room;
 }
 
 // 64 values of an expert's intermediate for some tokens, as inputs of down. The block is a multiple
@@ -52,39 +60,42 @@ void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const
                         int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
   const uint8_t* bias = layer.bias(expert, at.first_bias);
-  bool int8 = uses_int8(at.first_scheme, layer.mode);
+  Walks walks{at.first_scheme, uses_int8(at.first_scheme, layer.mode),
+              ceil_div(layer.hidden, kBlockCols), tokens};
+  Room room = take_room(tokens, walks.buffer_nbytes());
   int64_t nbytes = kFormats[at.first_scheme].tile_nbytes(layer.hidden);
-  int64_t blocks = ceil_div(layer.hidden, kBlockCols), parts = layer.gated ? 2 : 1;
-  int64_t count = layer.intermediate - block * kBlockCols;
-  if (count > kBlockCols) count = kBlockCols;
-  alignas(64) float values[kTokensTogether][kBlockCols];
-  alignas(64) float projected[2][kTokensTogether * kTileRows];
+  int64_t count = std::min<int64_t>(layer.intermediate - block * kBlockCols, kBlockCols);
   for (int64_t i = 0; i * kTileRows < count; ++i) {
-    int64_t tile = (block * (kBlockCols / kTileRows) + i) * parts;  // gate, up, gate, up, ...
-    for (int64_t p = 0; p < parts; ++p) {
-      walk_tile(at.first_scheme, int8, layer.records[expert] + at.first + (tile + p) * nbytes,
-                blocks, x, tokens, projected[p]);
-      for (int64_t t = 0; t < tokens; ++t) add_bias(projected[p] + t * kTileRows, bias, tile + p);
+    // gate, up, gate, up, ...
+    int64_t tile = (block * (kBlockCols / kTileRows) + i) * (layer.gated ? 2 : 1);
+    float* gate = room.values + i * kTileRows;
+    const uint8_t* packed = layer.records[expert] + at.first + tile * nbytes;
+    walks.run(packed, x, room.buffer, gate, kBlockCols);
+    if (layer.gated) walks.run(packed + nbytes, x, room.buffer, room.up, kTileRows);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float *g = gate + t * kBlockCols, *up = layer.gated ? room.up + t * kTileRows : nullptr;
+      add_bias(g, bias, tile);
+      if (up) add_bias(up, bias, tile + 1);
+      kernels().activate(layer.activation, g, up, g);
     }
-    for (int64_t t = 0; t < tokens; ++t)
-      kernels().activate(layer.activation, projected[0] + t * kTileRows,
-                         layer.gated ? projected[1] + t * kTileRows : nullptr,
-                         values[t] + i * kTileRows);
   }
-  bool down_int8 = uses_int8(at.down_scheme, layer.mode);
+  bool int8 = uses_int8(at.down_scheme, layer.mode);
   for (int64_t t = 0; t < tokens; ++t)
-    (down_int8 ? kernels().quantize_block : kernels().copy_block)(values[t], count, h[t], block);
+    (int8 ? kernels().quantize_block : kernels().copy_block)(room.values + t * kBlockCols, count,
+                                                             h[t], block);
 }
 
-void down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row* h, int64_t tokens,
-               float* out) {
+// 16 outputs of an expert for some tokens, [tokens, 16].
+float* down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row* h, int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
+  Walks walks{at.down_scheme, uses_int8(at.down_scheme, layer.mode),
+              ceil_div(layer.intermediate, kBlockCols), tokens};
+  Room room = take_room(tokens, walks.buffer_nbytes());
   int64_t nbytes = kFormats[at.down_scheme].tile_nbytes(layer.intermediate);
-  walk_tile(at.down_scheme, uses_int8(at.down_scheme, layer.mode),
-            layer.records[expert] + at.down + tile * nbytes,
-            ceil_div(layer.intermediate, kBlockCols), h, tokens, out);
+  walks.run(layer.records[expert] + at.down + tile * nbytes, h, room.buffer, room.up, kTileRows);
   for (int64_t t = 0; t < tokens; ++t)
-    add_bias(out + t * kTileRows, layer.bias(expert, at.down_bias), tile);
+    add_bias(room.up + t * kTileRows, layer.bias(expert, at.down_bias), tile);
+  return room.up;
 }
 
 int32_t check(const Layer& layer, int64_t experts) {
@@ -151,8 +162,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
       for (int64_t r = begin * kTileRows; r < last; ++r) y[r] = 0.0f;
     for (int64_t e = 0; e < count; ++e)
       for (int64_t t = begin; t < end; ++t) {
-        alignas(64) float out[kTileRows];
-        down_tile(layer, e, t, &h[e], 1, out);
+        const float* out = down_tile(layer, e, t, &h[e], 1);
         int64_t rows = hidden - t * kTileRows < kTileRows ? hidden - t * kTileRows : kTileRows;
         float* to = (outputs ? outputs + e * hidden : y) + t * kTileRows;
         for (int64_t r = 0; r < rows; ++r) {
@@ -197,29 +207,25 @@ int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layou
   for (int64_t i = 0; i < count; ++i) {
     inputs[i] = take_row(scratch, hidden), h[i] = take_row(scratch, intermediate);
   }
-  for_chunks(threads, ceil_div(count, kTokensTogether), [&](int64_t chunk) {
-    int64_t end = std::min(count, (chunk + 1) * kTokensTogether);
-    for (int64_t i = chunk * kTokensTogether; i < end; ++i)
+  constexpr int64_t together = 8;
+  for_chunks(threads, ceil_div(count, together), [&](int64_t chunk) {
+    for (int64_t i = chunk * together; i < std::min(count, (chunk + 1) * together); ++i)
       fill_row(x + tokens[i] * hidden, hidden, int8, !int8, inputs[i]);
   });
   for_chunks(threads, ceil_div(intermediate, kBlockCols), [&](int64_t block) {
-    for (int64_t i = 0; i < count; i += kTokensTogether)
-      intermediate_block(layer, 0, block, inputs + i, h + i, std::min(count - i, kTokensTogether));
+    intermediate_block(layer, 0, block, inputs, h, count);
   });
   int64_t tiles = ceil_div(hidden, kTileRows);
   int64_t each = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
   for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
-    for (int64_t t = chunk * each; t < std::min(tiles, (chunk + 1) * each); ++t)
-      for (int64_t i = 0; i < count; i += kTokensTogether) {
-        alignas(64) float out[kTokensTogether * kTileRows];
-        int64_t together = std::min(count - i, kTokensTogether);
-        down_tile(layer, 0, t, h + i, together, out);
-        int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
-        for (int64_t n = 0; n < together; ++n) {
-          float* to = outputs + places[i + n] * hidden + t * kTileRows;
-          for (int64_t r = 0; r < rows; ++r) to[r] = weights[i + n] * out[n * kTileRows + r];
-        }
+    for (int64_t t = chunk * each; t < std::min(tiles, (chunk + 1) * each); ++t) {
+      const float* out = down_tile(layer, 0, t, h, count);
+      int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = outputs + places[i] * hidden + t * kTileRows;
+        for (int64_t r = 0; r < rows; ++r) to[r] = weights[i] * out[i * kTileRows + r];
       }
+    }
   });
   return MOEPACK_OK;
 }

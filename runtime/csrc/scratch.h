@@ -65,6 +65,37 @@ inline void fill_row(const float* x, int64_t cols, bool int8, bool floats, Row& 
   }
 }
 
+// Below this many tokens a tile is not worth expanding.
+constexpr int64_t kExpandTokens = 5;
+
+// The walks of some tokens over tiles of one matrix.
+struct Walks {
+  int32_t scheme;
+  bool int8;
+  int64_t blocks, tokens;
+
+  bool expands() const {
+    return int8 && tokens >= kExpandTokens && kernels().expand_tile[scheme] != nullptr;
+  }
+  int64_t buffer_nbytes() const { return expands() ? expanded_nbytes(scheme, blocks) : 0; }
+
+  // out: [tokens, stride], 16 values each; buffer of buffer_nbytes().
+  void run(const uint8_t* tile, const Row* rows, uint8_t* buffer, float* out, int64_t stride) const {
+    const TileFn* walk = kernels().tile[scheme][int8];
+    if (expands()) {
+      kernels().expand_tile[scheme](tile, blocks, buffer);
+      tile = buffer, walk = kernels().expanded[scheme];
+    }
+    alignas(64) float values[kMaxTokens * kTileRows];
+    for (int64_t t = 0; t < tokens;) {
+      int together = walk_tokens(tokens - t);
+      walk[walk_index(together)](tile, blocks, rows + t, values);
+      for (int n = 0; n < together; ++n, ++t)
+        for (int r = 0; r < kTileRows; ++r) out[t * stride + r] = values[n * kTileRows + r];
+    }
+  }
+};
+
 // A chunk this small takes a thread about as long as waking another one.
 constexpr int64_t kSmallChunk = 32 << 10;
 

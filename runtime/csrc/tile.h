@@ -63,13 +63,21 @@ MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
   }
 }
 
+// How a scheme's codes lie in a tile: as packed, or a byte each, which many tokens' walks are faster
+// over than unpacking costs once.
+template <Scheme S, bool BYTES> struct Stored {
+  static constexpr int bits = BYTES ? 8 : kFormats[S].bits;
+  static constexpr int64_t code_nbytes = int64_t{kTileRows} * kBlockCols * bits / 8;
+};
+
 // int8 activations: products and the sums of a group are integers.
 template <class V> struct Int8Dot {
   using Total = typename V::Ints;
 
-  template <int BITS, int COLS, int N>
+  // BITS: as stored. WIDE: codes may use all 8 bits.
+  template <int BITS, bool WIDE, int COLS, int N>
   static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
-    if constexpr (BITS == 8) {
+    if constexpr (WIDE) {
       for (int n = 0; n < N; ++n) out[n] = V::zero_ints();
       each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
         for (int n = 0; n < N; ++n) out[n] = V::dot_wide(out[n], c, rows[n].q + col + 4 * quad);
@@ -105,7 +113,7 @@ template <class V> struct Int8Dot {
 template <class V> struct FloatDot {
   using Total = typename V::Floats;
 
-  template <int BITS, int COLS, int N>
+  template <int BITS, bool WIDE, int COLS, int N>
   static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
     Total part[N][4];  // one chain for each input of a quad
     for (int n = 0; n < N; ++n)
@@ -141,10 +149,11 @@ template <class V> struct FloatDot {
 };
 
 // Schemes with a float16 scale and minimum per group of 64 or 128 inputs.
-template <class V, Scheme S, class D, int N>
+template <class V, Scheme S, bool BYTES, class D, int N>
 void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
-  constexpr int each = F.span / kBlockCols, half = F.code_nbytes() / 2;
+  using Codes = Stored<S, BYTES>;
+  constexpr int each = F.span / kBlockCols, half = Codes::code_nbytes / 2;
   typename V::Floats acc[N], low[N];  // sums of scale * code * x and of minimum * x
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
   for (int64_t first = 0; first < blocks; first += each) {
@@ -152,10 +161,10 @@ void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     typename V::Floats sum[N];
     float xsum[N];
     for (int n = 0; n < N; ++n) sum[n] = V::zero(), xsum[n] = 0;
-    for (int64_t b = first; b < end; ++b, w += F.code_nbytes()) {
+    for (int64_t b = first; b < end; ++b, w += Codes::code_nbytes) {
       typename D::Total left[N], right[N];  // two chains, shorter than the latency of one
-      D::template dot<F.bits, 32, N>(w, rows, b * 64, left);
-      D::template dot<F.bits, 32, N>(w + half, rows, b * 64 + 32, right);
+      D::template dot<Codes::bits, F.bits == 8, 32, N>(w, rows, b * 64, left);
+      D::template dot<Codes::bits, F.bits == 8, 32, N>(w + half, rows, b * 64 + 32, right);
       for (int n = 0; n < N; ++n) {
         sum[n] = D::add(sum[n], left[n], rows[n], b * 64);
         sum[n] = D::add(sum[n], right[n], rows[n], b * 64 + 32);
@@ -187,11 +196,12 @@ MOEPACK_INLINE void load_small(const uint8_t* w, typename V::Ints& scale,
 }
 
 // Schemes with small scales under an outer factor: per 256 inputs (4 bits) or per row (8 bits).
-template <class V, Scheme S, class D, int N>
+template <class V, Scheme S, bool BYTES, class D, int N>
 void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
+  using Codes = Stored<S, BYTES>;
   constexpr int groups = kStepCols / F.group, stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
-  constexpr int run = F.group * F.bits * 2;  // bytes of a group's codes
+  constexpr int run = F.group * Codes::bits * 2;  // bytes of a group's codes
   constexpr bool by_row = F.scale_bits == 8;
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
@@ -209,12 +219,12 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     typename V::Floats sum[N], sum_low[N];
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
     for (int64_t b = first; b < end; ++b) {
-      const uint8_t* metadata = w + F.code_nbytes();
+      const uint8_t* metadata = w + Codes::code_nbytes;
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
         if constexpr (std::is_same_v<D, Int8Dot<V>> && V::kPairs && S == Q2G16S4) {
-          V::template pair_of_groups<N>(w, metadata, rows, half, high, base);
+          V::template pair_of_groups<BYTES, N>(w, metadata, rows, half, high, base);
           w += 2 * run, metadata += 2 * stored;
         } else {
           for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
@@ -223,7 +233,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
             typename V::Ints scale, minimum;
             load_small<V, F.scale_bits>(metadata, scale, minimum);
             typename D::Total dot[N];
-            D::template dot<F.bits, F.group, N>(w, rows, col, dot);
+            D::template dot<Codes::bits, false, F.group, N>(w, rows, col, dot);
             for (int n = 0; n < N; ++n) {
               high[n] = D::weigh(high[n], scale, dot[n]);
               base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
@@ -274,13 +284,37 @@ void tile_raw(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
     V::store(y + 16 * n, V::add(V::add(acc[n][0], acc[n][1]), V::add(acc[n][2], acc[n][3])));
 }
 
-template <class V, Scheme S, bool INT8, int N>
+template <class V, Scheme S, bool INT8, bool BYTES, int N>
 MOEPACK_INLINE void tile(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   using D = std::conditional_t<INT8, Int8Dot<V>, FloatDot<V>>;
   if constexpr (kFormats[S].raw()) tile_raw<V, S, N>(w, blocks, rows, y);
   else if constexpr (kFormats[S].scale_bits == 16)
-    tile_float_scales<V, S, D, N>(w, blocks, rows, y);
-  else tile_small_scales<V, S, D, N>(w, blocks, rows, y);
+    tile_float_scales<V, S, BYTES, D, N>(w, blocks, rows, y);
+  else tile_small_scales<V, S, BYTES, D, N>(w, blocks, rows, y);
+}
+
+// A tile with a byte for each code; everything else stays as it is.
+template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, uint8_t* out) {
+  constexpr Format F = kFormats[S];
+  auto copy = [&](int64_t nbytes) MOEPACK_LAMBDA {
+    memcpy(out, w, static_cast<size_t>(nbytes));
+    out += nbytes, w += nbytes;
+  };
+  copy(F.head_nbytes());
+  constexpr int each = F.span / kBlockCols;
+  for (int64_t first = 0; first < blocks; first += each) {
+    int64_t count = blocks - first < each ? blocks - first : each;
+    if (F.scale_bits == 4) copy(4 * kTileRows);
+    for (int64_t b = 0; b < count; ++b) {
+      for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)
+        each_quad<V, F.bits, 32>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+          V::store_codes(out + 64 * quad, c);
+        });
+      if (F.scale_bits == 8) copy(2 * kTileRows * (kBlockCols / F.group));
+      if (F.scale_bits == 4) copy(kTileRows * (kBlockCols / F.group));
+    }
+    if (F.scale_bits == 16) copy(4 * kTileRows);
+  }
 }
 
 }  // namespace

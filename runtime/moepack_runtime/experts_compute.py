@@ -5,6 +5,7 @@ Shape letters: T tokens, K experts a token, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
-from .experts import ExpertsAdapter
+from .cache_bias import CacheBias
+from .experts import Compute, ExpertsAdapter
 from .kernels import Engine, FusedExperts
 from .prefetch import Speculator
 from .residency import Residency
 from .statistics import Statistics
+
+Watcher = Callable[[int, Tensor, Tensor], None]
+"""``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
 
 
 class ExpertsCompute:
@@ -33,6 +38,11 @@ class ExpertsCompute:
         speculator: Guesses the next layer's experts; None without prefetch.
         stats: Counts tokens.
         engine: Computes with the records.
+        bias: Nudges the router; None without.
+
+    Attributes:
+        watcher: Is told what the router chose; None for nobody.
+        stand_in: Is called instead, while a pass is recorded.
     """
 
     def __init__(
@@ -44,10 +54,13 @@ class ExpertsCompute:
         speculator: Speculator | None,
         stats: Statistics,
         engine: Engine,
+        bias: CacheBias | None = None,
     ) -> None:
         self._layer, self._adapter, self._records = layer, adapter, records
         self._residency, self._speculator, self._stats = residency, speculator, stats
-        self._engine = engine
+        self._engine, self._bias = engine, bias
+        self.watcher: Watcher | None = None
+        self.stand_in: Compute | None = None
         self._fused: FusedExperts | None = None
         self._asked_for_fused = False
         self._native: Any | None = None
@@ -55,6 +68,12 @@ class ExpertsCompute:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
+        if self.stand_in is not None:
+            return self.stand_in(hidden, top_k_index, top_k_weights)
+        return self.compute(hidden, top_k_index, top_k_weights)
+
+    def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What a call does unless something stands in for it."""
         fused = self._find_fused()
         if fused is not None and len(top_k_index) == 1:
             return self._one_token(fused, hidden, top_k_index, top_k_weights)
@@ -67,7 +86,9 @@ class ExpertsCompute:
             for expert, place in zip(experts.tolist(), order.split(counts.tolist()), strict=True)
             if 0 <= expert < self._adapter.num_experts
         }
-        self._announce(top_k_index, list(places))
+        needed = list(places)
+        means = _mean_weights(top_k_index, top_k_weights, self._adapter.num_experts)
+        self._announce(top_k_index, top_k_weights, needed, [means[expert] for expert in needed])
         if fused is not None and fused.takes(len(top_k_index)):
             return self._many_tokens(fused, hidden, top_k_weights, places)
         return self._by_matrices(hidden, top_k_weights, places)
@@ -118,9 +139,32 @@ class ExpertsCompute:
                 self._native, self._table = make([at.spec for at in self._records])
         return self._native
 
-    def _announce(self, top_k_index: Tensor, needed: list[int]) -> None:
+    def settle(self) -> None:
+        """Count what a tape has computed here by itself."""
+        if self._native is None or not self._native.demanded:
+            return
+        self._stats.hits += self._native.demanded
+        self._stats.tokens += self._layer == 0
+        self._native.demanded = 0
+
+    def _announce(
+        self, top_k_index: Tensor, top_k_weights: Tensor, needed: list[int], weights: list[float]
+    ) -> None:
+        """Tell everybody what the router chose.
+
+        Args:
+            top_k_index: ``[T, K]``.
+            top_k_weights: ``[T, K]``.
+            needed: The experts in it.
+            weights: The weight of each of them, the mean over the tokens.
+        """
         if self._layer == 0:
             self._stats.tokens += len(top_k_index)
+        if self._bias is not None:
+            self._bias.routed(self._layer)
+        if self.watcher is not None:
+            self.watcher(self._layer, top_k_index, top_k_weights)
+        self._residency.observe(self._layer, needed, weights)
         if self._speculator is not None:
             self._speculator.experts_called(self._layer, top_k_index, needed)
 
@@ -139,10 +183,11 @@ class ExpertsCompute:
         places = [k for k, expert in enumerate(index) if 0 <= expert < self._adapter.num_experts]
         chosen = [index[k] for k in places]
         needed = list(dict.fromkeys(chosen))
-        self._announce(top_k_index, needed)
         x, weights = hidden[0].float().contiguous(), top_k_weights[0].float().contiguous()
         if len(places) < len(index):
             weights = weights[places]
+        of_expert = dict(zip(chosen, weights.tolist(), strict=True))
+        self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
         outputs = None
         if self._table is not None:
             for expert in needed:
@@ -159,3 +204,13 @@ class ExpertsCompute:
             outputs[here] = fused(x, data, specs, weights[here], part)
         total = x.new_zeros(x.shape) if outputs is None else fused.total(outputs.unsqueeze(0))[0]
         return total.to(hidden.dtype).unsqueeze(0)
+
+
+def _mean_weights(top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> list[float]:
+    """The weight of every expert of a layer, the mean over the tokens."""
+    index = top_k_index.reshape(-1)
+    index = index.where((index >= 0) & (index < experts), experts)
+    total = top_k_weights.new_zeros(experts + 1, dtype=torch.float32)
+    total.index_add_(0, index, top_k_weights.reshape(-1).float())
+    means: list[float] = (total / len(top_k_index)).tolist()
+    return means

@@ -70,6 +70,13 @@ class MappedRecords:
                 os.posix_fadvise(at.descriptor, at.offset, at.spec.nbytes, os.POSIX_FADV_WILLNEED)
                 self._stats.speculative_reads += 1
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Nothing: the page cache has a policy of its own."""
+
+    def resident(self, layer: int) -> list[int]:
+        """All: what is in the page cache cannot be told."""
+        return list(range(len(self._pack.layers[layer])))
+
     def describe(self) -> str:
         """See :class:`Residency`."""
         return "records memory-mapped"

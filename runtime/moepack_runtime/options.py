@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moepack_formats.errors import UsageError
 
+from .policies import Key, check_runnable
+
 if TYPE_CHECKING:
     from .gpu.simulated_link import LinkSpec
 
@@ -19,6 +21,7 @@ ENGINES = ("auto", "native", "reference")
 ACTIVATIONS = ("int8", "float")
 DEVICES = ("auto", "cpu", "cuda")
 HYBRID_MODES = ("off", "on", "auto")
+SCOPES = ("global", "layer")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -35,6 +38,11 @@ class RuntimeOptions:
             maps when the whole pack fits in the budget.
         prefetch: Whether the next layer's experts are guessed and read early.
         policy: Which cached expert gives way: a file in ``policies``.
+        scope: ``global`` when all layers share the slots, ``layer`` when each has an equal part.
+        pins: Experts that stay once they were read, the most wanted first; they fill at most half
+            of the slots. :func:`moepack_runtime.trace.most_used` finds them in a trace.
+        cache_bias: How much routing is nudged towards resident experts, as a share of the spread
+            of a token's router scores; not 0 changes what the model says.
         io_threads: Threads that read.
         engine: What computes with packed weights: ``native``, ``reference``, or ``auto`` for
             native where it was built.
@@ -56,7 +64,10 @@ class RuntimeOptions:
     ram: int | None = None
     io: str = "auto"
     prefetch: bool = True
-    policy: str = "lru"
+    policy: str = "lfu"
+    scope: str = "global"
+    pins: tuple[Key, ...] = ()
+    cache_bias: float = 0.0
     io_threads: int = 2
     engine: str = "auto"
     activations: str = "int8"
@@ -82,9 +93,13 @@ class RuntimeOptions:
             ("device", self.device, DEVICES),
             ("hybrid", self.hybrid, HYBRID_MODES),
             ("offload", self.offload, ("experts", "layers")),
+            ("scope", self.scope, SCOPES),
         ):
             if value not in known:
                 raise UsageError(f"unknown {name}", wanted=" or ".join(known), got=value)
+        if not 0 <= self.cache_bias <= 1:
+            raise UsageError("not a cache bias", wanted="0 to 1", got=self.cache_bias)
+        check_runnable(self.policy)
 
 
 _DEFAULT = RuntimeOptions()

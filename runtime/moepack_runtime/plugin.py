@@ -22,6 +22,7 @@ from moepack_formats import FORMAT_VERSION
 from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import Pack
 
+from .cache_bias import CacheBias
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
 from .gpu.compute import DeviceCompute
@@ -34,6 +35,7 @@ from .kernels.native_engine import NativeEngine
 from .options import RuntimeOptions, current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import swap_modules
+from .policies import Key
 from .prefetch import Speculator
 from .residency import Residency, open_residency
 from .statistics import Statistics
@@ -53,8 +55,10 @@ class PackRuntime:
         stats: Counters.
         residency: Brings the records.
         speculator: Guesses experts; None without prefetch.
+        bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
-        computes: For each experts module, what it computes with on the CPU.
+        adapters: The experts modules, without their weights.
+        layers: What each of them computes with on the CPU.
         device: Where the trunk computes.
         tier: Experts on a GPU; None on the CPU.
         tape: Plays tokens; None where nothing is recorded.
@@ -71,8 +75,9 @@ class PackRuntime:
         self.tape: TapeForward | None = None
         self.tier: DeviceTier | None = None
         options = current_options()
-        adapters = find_experts(model)
+        self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
+        _check_pins(pack, options.pins)
         for adapter in adapters:
             adapter.strip()
         self.device = resolve_device(options)
@@ -81,15 +86,18 @@ class PackRuntime:
         )
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
-        self.computes: dict[nn.Module, ExpertsCompute] = {}
+        self.layers: list[ExpertsCompute] = []
+        self.bias: CacheBias | None = None
         nbytes = trunk_nbytes(model, dtype)
         if self.device.type == "cuda" or options.link is not None:
-            self._install_on_device(model, adapters, options, nbytes)
+            self._install_on_device(model, options, nbytes)
             return
         self.residency: Residency = open_residency(pack, options, nbytes, self.stats)
+        shared = adapters, self.residency, self.stats
+        self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
         self.speculator: Speculator | None = None
         if options.prefetch:
-            self.speculator = Speculator(model, adapters, self.residency, self.stats)
+            self.speculator = Speculator(model, *shared, self.bias)
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -99,35 +107,41 @@ class PackRuntime:
                 self.speculator,
                 self.stats,
                 self.engine,
+                self.bias,
             )
+            self.layers.append(compute)
             adapter.install(compute)
-            self.computes[adapter.module] = compute
+        if self.bias is not None:
+            self.bias.install(model)
 
     def _install_on_device(
-        self,
-        model: PreTrainedModel,
-        adapters: list[ExpertsAdapter],
-        options: RuntimeOptions,
-        nbytes: int,
+        self, model: PreTrainedModel, options: RuntimeOptions, nbytes: int
     ) -> None:
-        """Experts in GPU memory; ``nbytes`` of it are the trunk's."""
-        self.tier = open_tier(self.pack, options, self.device, nbytes, adapters, self.stats)
-        self.residency, self.speculator = self.tier.residency, None
+        """Experts in GPU memory; ``nbytes`` of it are the trunk's.
+
+        Raises:
+            UsageError: An option that is only for the CPU.
+        """
+        if options.cache_bias:
+            raise UsageError("routing is nudged on the CPU only", remedy="leave out --cache-bias")
+        tier = open_tier(self.pack, options, self.device, nbytes, self.adapters, self.stats)
+        self.tier, self.residency, self.speculator = tier, tier.residency, None
         guesses = None
-        if options.prefetch and isinstance(self.residency, DeviceCache):
-            guesses = DeviceSpeculator(model, adapters, self.residency, self.stats)
+        if options.prefetch and isinstance(tier.residency, DeviceCache):
+            shared = self.adapters, tier.residency, self.stats
+            guesses = DeviceSpeculator(model, *shared, clock=tier.link.clock)
             self.speculator = guesses
-        for layer, adapter in enumerate(adapters):
+        for layer, adapter in enumerate(self.adapters):
             compute = DeviceCompute(
                 layer,
                 adapter,
                 self.pack.layers[layer],
-                self.residency,
+                tier.residency,
                 guesses,
                 self.stats,
                 self.engine,
-                self.tier.link,
-                self.tier.helper,
+                tier.link,
+                tier.helper,
             )
             adapter.install(compute)
 
@@ -135,10 +149,11 @@ class PackRuntime:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
-        if self.tier is not None or not current_options().tape:
+        # A bias decides anew for every token what a router gives out.
+        if self.tier is not None or self.bias is not None or not current_options().tape:
             return
         if isinstance(self.engine, NativeEngine):
-            self.tape = install(model, dict(self.computes), self.engine)
+            self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -289,6 +304,17 @@ def _check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdap
                     wanted=f"down {list(shape)}",
                     got=None if down is None else list(down.shape),
                 )
+
+
+def _check_pins(pack: Pack, pins: tuple[Key, ...]) -> None:
+    for layer, expert in pins:
+        if layer >= len(pack.layers) or expert >= len(pack.layers[layer]):
+            raise UsageError(
+                "the trace with the experts to pin is of another model",
+                where=pack.folder,
+                got=f"layer {layer}, expert {expert}",
+                remedy="record one with `moepack trace`",
+            )
 
 
 def _untie_packed(model: PreTrainedModel, pack: Pack) -> None:

@@ -1,26 +1,41 @@
 """Guessing the next layer's experts, so that their records are read while this layer computes.
 
-The residual stream changes little from one layer to the next, so layer i+1's norm and router are
-asked about the residual that layer i's feed-forward block is about to read (Eliseev & Mazur,
-arXiv 2312.17238, section 3.2). Where no norm is found, layer i's own router input is used.
+How is told in :mod:`moepack_runtime.early_routers`, when not in
+:mod:`moepack_runtime.prefetch_trial`.
 """
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
+from .cache_bias import CacheBias
+from .early_routers import EarlyRouters
 from .experts import ExpertsAdapter
+from .prefetch_trial import PrefetchTrial
 from .residency import Residency
-from .routers import Router, RouterFinder
 from .statistics import LayerGuesses, Statistics
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 4
 """A pass over more tokens needs most experts anyway: nothing is guessed."""
 
 TRIAL_ROUNDS = 48
 MIN_RECALL = 0.3
-"""After a trial, guesses for a layer stop when a smaller share of its experts was guessed."""
+"""After so many rounds, guesses for a layer stop if a smaller share of its experts was guessed."""
+
+_ANSWERS = {
+    (True, True): "stays on",
+    (True, False): "turns itself off",
+    (False, True): "is on again",
+    (False, False): "stays off",
+}
+"""By whether it was on and whether it pays."""
 
 
 class Speculator:
@@ -31,6 +46,11 @@ class Speculator:
         adapters: Its experts modules.
         residency: Where guesses are read to.
         stats: Where recall is counted.
+        bias: What nudges the routers, which guesses must allow for; None without.
+        clock: Gives seconds.
+
+    Attributes:
+        routers: What it asks.
     """
 
     def __init__(
@@ -39,23 +59,30 @@ class Speculator:
         adapters: list[ExpertsAdapter],
         residency: Residency,
         stats: Statistics,
+        bias: CacheBias | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._residency, self._stats = residency, stats
-        self._finder: RouterFinder | None = RouterFinder(model, adapters)
+        self._residency, self._stats, self._bias = residency, stats, bias
+        self._clock = clock
+        self.routers = EarlyRouters(model, adapters)
         self._experts = [adapter.num_experts for adapter in adapters]
-        self._routers: dict[int, Router | None] = {}
-        self._inputs: dict[int, tuple[Tensor, bool]] = {}
         self._guesses: dict[int, set[int]] = {}
+        self._trial = PrefetchTrial()
 
     @property
     def missing(self) -> list[int] | None:
         """Layers without a usable router, or None before the first pass has shown them."""
-        if self._finder is not None:
-            return None
-        return [layer for layer, router in self._routers.items() if router is None]
+        return self.routers.missing if self.routers.found else None
+
+    @property
+    def pays(self) -> bool:
+        """Whether guessing is on: it has not been measured to slow tokens down."""
+        return self._trial.pays
 
     def describe(self) -> str | None:
         """What a user should know about guessing here, or None when there is nothing to say."""
+        if not self.pays:
+            return "prefetch turned itself off: tokens were slower with it"
         if not self.missing:
             return None
         if len(self.missing) == len(self._experts):
@@ -70,24 +97,13 @@ class Speculator:
             top_k_index: ``[T, K]``.
             needed: The experts in it.
         """
-        if self._looking(layer, top_k_index):
+        if not self.routers.found:
+            self.routers.look(layer, top_k_index)
             return
         self._score(layer, needed)
         indices = self._ask(layer, top_k_index)
         if indices is not None:
-            self._guess(layer + 1, indices.t().reshape(-1).tolist())
-        self._inputs.pop(layer, None)
-
-    def _looking(self, layer: int, top_k_index: Tensor) -> bool:
-        """Whether routers are still being looked for."""
-        if self._finder is None:
-            return False
-        self._finder.found(layer, top_k_index)
-        if self._finder.done:
-            self._routers = self._finder.routers
-            self._finder = None
-            self._watch()
-        return True
+            self._guess(layer + 1, indices)
 
     def _score(self, layer: int, needed: list[int]) -> None:
         """Count how good the guess about a layer was."""
@@ -100,21 +116,42 @@ class Speculator:
             counts.right += len(guess.intersection(needed))
 
     def _ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
-        """What the next layer's router picks, ``[T, K]``; None where it is not asked."""
-        router, seen = self._routers.get(layer + 1), self._inputs.get(layer)
-        if len(top_k_index) > MAX_TOKENS or router is None or seen is None:
-            return None
-        if self._given_up(layer + 1):
-            return None
-        x, normed = seen
-        with torch.no_grad():
-            # Without a norm of the target's own, what this layer's router reads must do.
-            return router.ask(x, normed=normed or router.norm is None)
+        """What the next layer's router picks, ``[T, K]``; None where nothing is guessed."""
+        indices, target = None, layer + 1
+        if len(top_k_index) > MAX_TOKENS:
+            self._trial.interrupted()
+        else:
+            if layer == 0:
+                self._start_token()
+            known = target < len(self._experts) and not self._given_up(target)
+            if self._trial.guessing and known:
+                nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
+                with nudged:
+                    indices = self.routers.ask(layer, target)
+        self.routers.forget(layer)
+        return indices
 
-    def _guess(self, target: int, indices: list[int]) -> None:
-        """Start reading what a router picked, first choices of all tokens first."""
-        # Some routers also pick places without an expert.
-        ranked = [e for e in dict.fromkeys(indices) if e < self._experts[target]]
+    def _start_token(self) -> None:
+        before = self._trial.verdict
+        guessing = self._trial.token(self._clock())
+        self._stats.unguessed_tokens += not guessing
+        verdict = self._trial.verdict
+        if verdict is None or verdict is before:
+            return
+        was_on = before is None or before.pays
+        self._stats.prefetch_stops += was_on and not verdict.pays
+        logger.info(
+            "prefetch %s: a token takes %.2f ms with it, %.2f ms without",
+            _ANSWERS[was_on, verdict.pays],
+            verdict.with_guesses * 1e3,
+            verdict.without * 1e3,
+        )
+
+    def _guess(self, target: int, indices: Tensor) -> None:
+        """Start reading what the router of ``target`` picked."""
+        # First choices first; some routers also pick places without an expert.
+        choices = dict.fromkeys(indices.t().reshape(-1).tolist())
+        ranked = [expert for expert in choices if expert < self._experts[target]]
         self._guesses[target] = set(ranked)
         self._residency.prefetch(target, ranked)
 
@@ -123,24 +160,3 @@ class Speculator:
         if counts is None or counts.rounds < TRIAL_ROUNDS:
             return False
         return counts.right < MIN_RECALL * counts.needed
-
-    def _watch(self) -> None:
-        """Keep what each layer's norm (or router) reads, for the guess about the next layer."""
-        for layer, router in self._routers.items():
-            if router is None:
-                continue
-            following = self._routers.get(layer + 1)
-            use_norm = router.norm is not None and following is not None and following.norm
-            module = router.norm if use_norm and router.norm is not None else router.module
-
-            def keep(
-                _module: nn.Module,
-                args: tuple[Tensor, ...],
-                kwargs: dict[str, Tensor],
-                layer: int = layer,
-                normed: bool = not use_norm,
-            ) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self._inputs[layer] = (x, normed)
-
-            module.register_forward_pre_hook(keep, with_kwargs=True)

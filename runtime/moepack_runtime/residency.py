@@ -41,6 +41,12 @@ class Residency(Protocol):
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """A layer's router has chosen; see :class:`moepack_runtime.policies.Observing`."""
+
+    def resident(self, layer: int) -> list[int]:
+        """The experts of a layer that need no reading, or are being read already."""
+
     def describe(self) -> str:
         """One line for a person: mode and capacity."""
 
@@ -64,7 +70,8 @@ def open_residency(
     """
     sizes = record_sizes(pack)
     work = _work_nbytes(pack)
-    smallest = trunk_nbytes + work + sum(sizes)
+    fixed = fixed_nbytes(pack, trunk_nbytes)
+    smallest = fixed + sum(sizes)
     budget = default_budget() if options.ram is None else options.ram
     if budget < smallest:
         raise ResourceError(
@@ -75,11 +82,16 @@ def open_residency(
             got=format_size(budget),
             remedy=f"give --ram {smallest} or more",
         )
-    for_slots = budget - trunk_nbytes - work
+    for_slots = budget - fixed
     everything = sum(nbytes * count for nbytes, count in sizes.items())
     if options.io == "mmap" or (options.io == "auto" and everything <= for_slots):
         return MappedRecords(pack, stats)
     return SlotCache(pack, for_slots, options, stats)
+
+
+def fixed_nbytes(pack: Pack, trunk_nbytes: int) -> int:
+    """Bytes of a budget that are not for slots."""
+    return trunk_nbytes + _work_nbytes(pack)
 
 
 def _work_nbytes(pack: Pack) -> int:

@@ -21,13 +21,12 @@ from moepack_formats.layer import RecordLocation
 from moepack_formats.pack import Pack, check_record
 
 from .arena import Arena
+from .cache_policy import make_policy
 from .io_pool import DEMAND, SPECULATION, IoPool
 from .options import RuntimeOptions, format_size
-from .policies import Key, get_policy
+from .policies import Key, Observing
+from .slot_shares import reserved_slots
 from .statistics import Statistics
-
-MAX_STAGED = 8
-"""Guessed experts that may wait in slots at a time, at most a quarter of the slots."""
 
 
 def record_sizes(pack: Pack) -> dict[int, int]:
@@ -49,13 +48,19 @@ class _Entry:
 class _SizeClass:
     """Slots and policy for the records of one size."""
 
-    def __init__(self, arena: Arena, records: int, policy: str) -> None:
+    def __init__(self, arena: Arena, records: list[Key], options: RuntimeOptions) -> None:
         self.arena, slots = arena, arena.slots
         self.free = list(range(slots))
-        self.policy = get_policy(policy)()
         self.staged: deque[Key] = deque()
-        self.reserved = 0 if slots >= records else min(MAX_STAGED, slots // 4)
+        self.reserved = reserved_slots(slots, len(records), prefetch=options.prefetch)
         self.demanded = 0
+        self.policy = make_policy(
+            options.policy,
+            self.demanded_limit,
+            records,
+            scope=options.scope,
+            pins=options.pins,
+        )
 
     @property
     def demanded_limit(self) -> int:
@@ -88,10 +93,12 @@ class SlotCache:
         self._entries: dict[Key, _Entry] = {}
         self._classes = {
             nbytes: _SizeClass(
-                Arena(nbytes, slots, device, stream), record_sizes(pack)[nbytes], options.policy
+                Arena(nbytes, slots, device, stream), _records_of_size(pack, nbytes), options
             )
-            for nbytes, slots in _divide(budget, record_sizes(pack)).items()
+            for nbytes, slots in divide_budget(budget, record_sizes(pack)).items()
         }
+        policies = [size.policy for size in self._classes.values()]
+        self._observers = [policy for policy in policies if isinstance(policy, Observing)]
         self._io = IoPool(options.io_threads)
 
     @property
@@ -183,6 +190,16 @@ class SlotCache:
             size.staged.append(entry.key)
             self._stats.speculative_reads += 1
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """See :class:`Residency`."""
+        for policy in self._observers:
+            policy.observe(layer, experts, weights)
+
+    def resident(self, layer: int) -> list[int]:
+        """See :class:`Residency`."""
+        experts = range(len(self._pack.layers[layer]))
+        return [expert for expert in experts if (layer, expert) in self._entries]
+
     def _at(self, key: Key) -> RecordLocation:
         return self._pack.layers[key[0]][key[1]]
 
@@ -205,7 +222,7 @@ class SlotCache:
             self._count_in(entry, size)
             self._stats.speculative_used += 1
             if size.demanded > size.demanded_limit:
-                self._evict(size)
+                self._evict(size, key)
         else:
             size.policy.touch(key)
         return entry
@@ -215,7 +232,7 @@ class SlotCache:
         size = self._class_of(key)
         while not size.free or size.demanded >= size.demanded_limit:
             if size.demanded >= size.demanded_limit:
-                if self._evict(size):
+                if self._evict(size, key):
                     continue
                 # What a pass that was given up had asked for may still be on its way.
                 left = [e.reading for e in self._entries.values() if self._is_left(e, size)]
@@ -289,14 +306,14 @@ class SlotCache:
                 return True
         return False
 
-    def _evict(self, size: _SizeClass) -> bool:
+    def _evict(self, size: _SizeClass, incoming: Key | None = None) -> bool:
         """Give up the demanded record that the policy names."""
 
         def usable(key: Key) -> bool:
             entry = self._entries[key]
             return entry.pins == 0 and entry.reading.done()
 
-        victim = size.policy.victim(usable)
+        victim = size.policy.victim(usable, incoming)
         if victim is None:
             return False
         self._release(self._entries[victim])
@@ -317,7 +334,16 @@ class SlotCache:
         size.free.append(entry.slot)
 
 
-def _divide(budget: int, sizes: dict[int, int]) -> dict[int, int]:
+def _records_of_size(pack: Pack, nbytes: int) -> list[Key]:
+    return [
+        (layer, expert)
+        for layer, records in enumerate(pack.layers)
+        for expert, at in enumerate(records)
+        if at.spec.nbytes == nbytes
+    ]
+
+
+def divide_budget(budget: int, sizes: dict[int, int]) -> dict[int, int]:
     """Slots for each record size: all that exist, or shares of the budget by total bytes."""
     everything = sum(nbytes * count for nbytes, count in sizes.items())
     if everything <= budget:

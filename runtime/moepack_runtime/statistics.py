@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -34,6 +37,10 @@ class Statistics:
         speculative_used: Of these, records that were then demanded.
         bytes_copied: Bytes of records copied to a GPU, guesses included.
         computed_on_cpu: Demanded experts that the CPU computed for the GPU.
+        prefetch_stops: How often guessing turned itself off because tokens were slower with it.
+        unguessed_tokens: Decoded tokens for which nothing was guessed, for that reason or to
+            measure it.
+        nudged: Choices of a router that ``cache_bias`` has changed.
         tokens: Tokens that went through the first MoE layer.
         layers: Guesses by layer.
     """
@@ -45,6 +52,9 @@ class Statistics:
     speculative_used: int = 0
     bytes_copied: int = 0
     computed_on_cpu: int = 0
+    prefetch_stops: int = 0
+    unguessed_tokens: int = 0
+    nudged: int = 0
     tokens: int = 0
     layers: dict[int, LayerGuesses] = field(default_factory=dict)
 
@@ -52,19 +62,21 @@ class Statistics:
         """Set every counter to zero."""
         self.__init__()  # type: ignore[misc]
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count nothing inside the block."""
+        before = copy.deepcopy(vars(self))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
     def add(self, other: Statistics) -> None:
         """Add the counters of another run."""
-        for name in (
-            "hits",
-            "misses",
-            "bytes_read",
-            "speculative_reads",
-            "speculative_used",
-            "bytes_copied",
-            "computed_on_cpu",
-            "tokens",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for counter in fields(self):
+            if counter.name != "layers":
+                total = getattr(self, counter.name) + getattr(other, counter.name)
+                setattr(self, counter.name, total)
         for layer, guesses in other.layers.items():
             mine = self.layers.setdefault(layer, LayerGuesses())
             mine.guessed += guesses.guessed

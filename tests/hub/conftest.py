@@ -51,6 +51,7 @@ class Client:
             "HF_HOME": str(self.home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
             "OMP_NUM_THREADS": "1",
             **more,
         }
@@ -73,7 +74,7 @@ class Client:
     def run(self, *arguments: object, **environment: str) -> Done:
         """Run a command to its end. The token is never in what it prints."""
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=1200)
         assert TOKEN not in out + err
         return Done(process.returncode, out, err)
 

@@ -2,7 +2,8 @@
 
 Spoken are the parts of the protocol that moving model repositories takes: create, whoami, model
 info, tree, paths-info, preupload, LFS batch and upload, Xet tokens, commit, branches, and resolve
-with ranges and ETags; with private and gated repositories, and with faults on demand.
+with ranges and ETags; with private and gated repositories, and with faults on demand. The Xet
+storage that clients are sent to is in ``xet_server.py``, on the same port.
 """
 
 from __future__ import annotations
@@ -10,15 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs
 
 from tests.hub.hub_store import (
     Commit,
@@ -29,212 +26,56 @@ from tests.hub.hub_store import (
     large_file,
     small_file,
 )
+from tests.hub.loopback import Handler, Request, Server, Stop
+from tests.hub.xet_server import XET_ROUTES, XET_TOKEN, rebuild
 
 TOKEN = "hf_secretTokenOfTheTests"
-PIECE = 1 << 20
 
 
-@dataclass
-class Request:
-    """One request as the server saw it."""
-
-    method: str
-    path: str
-    range: str | None = None
-    nbytes_in: int = 0
-    nbytes_out: int = 0
-    was_read: bool = False
-
-
-@dataclass
-class Fault:
-    """Something that goes wrong with the requests that match.
-
-    Attributes:
-        path: Regular expression for the path.
-        method: Of which method, any if empty.
-        status: Answer this instead.
-        code: The ``X-Error-Code`` that goes with it.
-        headers: More headers of that answer.
-        drop_after: Close the connection after so many bytes of the body.
-        flip: Flip one bit of the body.
-        act: Called before anything else.
-        times: How often; negative for always.
-        skip: Let so many matching requests pass first.
-    """
-
-    path: str
-    method: str = ""
-    status: int = 0
-    code: str = "Injected"
-    headers: dict[str, str] = field(default_factory=dict)
-    drop_after: int = -1
-    flip: bool = False
-    act: Callable[[], object] | None = None
-    times: int = 1
-    skip: int = 0
-
-
-class Hub:
+class Hub(Server):
     """The running server.
 
     Args:
         root: A folder for what is uploaded.
-        xet: Tell clients that files are in the Xet store when they are.
+        store: What another server has stored, instead.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.store = HubStore(root)
-        self.requests: list[Request] = []
-        self.faults: list[Fault] = []
-        self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def forget(self) -> None:
-        """Start counting requests anew, without faults."""
-        self.requests.clear()
-        self.faults.clear()
+    def __init__(self, root: Path, store: HubStore | None = None) -> None:
+        self.store = store or HubStore(root)
+        super().__init__(_Handler)
 
     def uploaded(self) -> list[Request]:
-        """The uploads of large objects."""
-        return [r for r in self.requests if r.method == "PUT" and "/lfs-put/" in r.path]
+        """The uploads of large objects: LFS objects and blocks of the Xet store."""
+        kinds = (("PUT", "/lfs-put/"), ("POST", "/xet/v1/xorbs/"))
+        return [r for r in self.requests if any(r.method == m and p in r.path for m, p in kinds)]
 
     def downloads(self, part: str = "") -> list[Request]:
         """The requests for file contents whose path holds ``part``."""
         found = [r for r in self.requests if r.method == "GET" and "/resolve/" in r.path]
         return [r for r in found if part in r.path]
 
-    def fault(self, method: str, path: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times and fault.method in ("", method) and re.search(fault.path, path):
-                    if fault.skip:
-                        fault.skip -= 1
-                        continue
-                    fault.times -= 1
-                    return fault
-        return None
+    def content(self, file: HubFile) -> bytes | Path:
+        """A file's bytes, or where they are; those of a Xet file are put together once."""
+        if file.data is not None:
+            return file.data
+        path = self.store.objects / str(file.sha256)
+        if path.exists():
+            return path
+        path = self.store.rebuilt / str(file.sha256)
+        with self.store.lock:
+            if not path.exists():
+                door = Hub(path, self.store)  # requests there are no client's
+                rebuild(door.url, str(file.xet), file.size, path)
+                door.close()
+        return path
+
+    def read(self, file: HubFile) -> bytes:
+        content = self.content(file)
+        return content if isinstance(content, bytes) else content.read_bytes()
 
 
-class _Stop(Exception):
-    """The answer is sent."""
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
-    timeout = 60
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def handle_any(self) -> None:
-        url = urlsplit(self.path)
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
-        self.seen = Request(self.command, self.route, self.headers.get("Range"))
-        with self.hub.lock:
-            self.hub.requests.append(self.seen)
-        self.trouble = self.hub.fault(self.command, self.route)
-        try:
-            if self.trouble is not None:
-                if self.trouble.act is not None:
-                    self.trouble.act()
-                if self.trouble.status:
-                    self.body()
-                    self.fail(self.trouble.status, self.trouble.code, self.trouble.headers)
-                if self.trouble.drop_after >= 0 and self.command in ("POST", "PUT"):
-                    self.rfile.read(self.trouble.drop_after)
-                    self.drop()
-            self.dispatch()
-            self.body()
-            self.fail(404, "NotFound")
-        except _Stop:
-            pass
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
-
-    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
-
-    def dispatch(self) -> None:
-        for pattern, answer in _ROUTES:
-            match = re.fullmatch(pattern, self.route)
-            if match:
-                answer(self, *match.groups())
-
-    # Sending
-
-    def reply(
-        self, value: object, headers: dict[str, str] | None = None, status: int = 200
-    ) -> None:
-        self.send(status, json.dumps(value).encode(), headers)
-
-    def send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.start(status, len(data), headers)
-        if self.command != "HEAD":
-            self.write(data)
-        raise _Stop
-
-    def start(self, status: int, nbytes: int, headers: dict[str, str] | None) -> None:
-        self.send_response(status)
-        every = {"Content-Type": "application/json", "Content-Length": str(nbytes)}
-        for name, value in {**every, **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def write(self, data: bytes) -> None:
-        fault = self.trouble
-        if fault is not None and fault.flip and data:
-            changed = bytearray(data)
-            changed[len(changed) // 2] ^= 1
-            data, fault.flip = bytes(changed), False
-        if fault is not None and 0 <= fault.drop_after < self.seen.nbytes_out + len(data):
-            self.wfile.write(data[: max(fault.drop_after - self.seen.nbytes_out, 0)])
-            self.drop()
-        self.wfile.write(data)
-        self.seen.nbytes_out += len(data)
-
-    def drop(self) -> None:
-        self.wfile.flush()
-        self.connection.shutdown(2)
-        self.close_connection = True
-        raise _Stop
-
-    def fail(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
-        named = {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}
-        self.send(status, json.dumps({"error": code}).encode(), named)
-
-    def body(self) -> bytes:
-        return b"".join(self.pieces())
-
-    def pieces(self) -> Iterator[bytes]:
-        """The request's body; nothing when it was read before."""
-        if self.seen.was_read:
-            return
-        self.seen.was_read = True
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while nbytes := int(self.rfile.readline().split(b";")[0], 16):
-                yield from self._exactly(nbytes)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            yield from self._exactly(int(self.headers.get("Content-Length") or 0))
-
-    def _exactly(self, nbytes: int) -> Iterator[bytes]:
-        while nbytes:
-            piece = self.rfile.read(min(nbytes, PIECE))
-            if not piece:
-                self.drop()
-            nbytes -= len(piece)
-            self.seen.nbytes_in += len(piece)
-            yield piece
 
     # Who asks
 
@@ -327,12 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "write":
             self.needs_token()
         self.repo(repo_id, content=True)
-        url, expires = f"local://{self.hub.store.cas}", int(time.time()) + 3600
+        url, expires = f"{self.hub.url}/xet", int(time.time()) + 3600
         self.reply(
-            {"casUrl": url, "exp": expires, "accessToken": "xet"},
+            {"casUrl": url, "exp": expires, "accessToken": XET_TOKEN},
             {
                 "X-Xet-Cas-Url": url,
-                "X-Xet-Access-Token": "xet",
+                "X-Xet-Access-Token": XET_TOKEN,
                 "X-Xet-Token-Expiration": str(expires),
             },
         )
@@ -371,11 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
             files[name] = small_file(base64.b64decode(value["content"]))
         elif key == "lfsFile":
             path = self.hub.store.objects / value["oid"]
-            xet = self.hub.store.xet_hash(value["oid"])
+            xet = self.hub.store.xet.by_sha256.get(value["oid"])
             if path.exists():
                 files[name] = large_file(value["oid"], path.stat().st_size)
             elif xet is not None:
-                files[name] = large_file(value["oid"], xet[1], xet[0])
+                files[name] = large_file(value["oid"], xet.nbytes, xet.hash)
             else:
                 self.fail(400, "LfsMissing")
         elif key == "deletedFile":
@@ -454,31 +295,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Link"] = f'<{route}>; rel="xet-auth"'
         if self.command == "HEAD":
             self.start(200, file.size, headers)
-            raise _Stop
-        self._content(file, headers)
-
-    def _content(self, file: HubFile, headers: dict[str, str]) -> None:
-        start, stop, status = 0, file.size, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            start, status = int(wanted[1]), 206
-            stop = min(int(wanted[2]) + 1, file.size) if wanted[2] else file.size
-            if start >= file.size:
-                self.fail(416, "RangeNotSatisfiable")
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
-        self.start(status, stop - start, headers)
-        if file.data is not None:
-            self.write(file.data[start:stop])
-            raise _Stop
-        with open(self.hub.store.object_path(file), "rb") as source:
-            source.seek(start)
-            while start < stop:
-                piece = source.read(min(PIECE, stop - start))
-                if not piece:
-                    self.drop()
-                start += len(piece)
-                self.write(piece)
-        raise _Stop
+            raise Stop
+        self.send_content(self.hub.content(file), headers)
 
 
 def _entry(name: str, file: HubFile) -> dict[str, Any]:
@@ -491,7 +309,7 @@ def _entry(name: str, file: HubFile) -> dict[str, Any]:
 
 
 _REPO = r"([^/]+/[^/]+)"
-_ROUTES: list[tuple[str, Callable[..., None]]] = [
+_Handler.routes = [
     (r"/api/whoami-v2", _Handler.whoami),
     (r"/api/validate-yaml", _Handler.validate),
     (r"/api/repos/create", _Handler.create),
@@ -507,4 +325,5 @@ _ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"/api/models/{_REPO}/revision/(.+)", _Handler.info),
     (rf"/api/models/{_REPO}", _Handler.info),
     (rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    *XET_ROUTES,
 ]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import Client, files_of
-from tests.hub.hub_server import Fault
+from tests.hub.conftest import DRIVER, Client, files_of
+from tests.hub.loopback import Fault
 
 LAYER = "experts/layer-00002.safetensors"
 
@@ -140,7 +143,7 @@ def test_a_bit_flipped_on_the_way_is_repaired(shared: Client, pack: Path, tmp_pa
 
 def test_damage_that_stays(shared: Client, tmp_path: Path) -> None:
     stored = shared.hub.store.repos["me/pack"].commits[-1].files[LAYER]
-    path = shared.hub.store.object_path(stored)
+    path = shared.hub.content(stored)
     data = bytearray(path.read_bytes())
     data[-5000] ^= 4
     path.write_bytes(data)
@@ -261,6 +264,78 @@ def test_a_damaged_pack_is_not_pushed(client: Client, own_pack: Path) -> None:
     assert not client.hub.uploaded()
     shutil.rmtree(own_pack / "experts")
     client.fails(3, "push", own_pack, "me/pack")
+
+
+def test_a_file_that_changes_while_it_is_pushed(either: Client, own_pack: Path) -> None:
+    def change() -> None:
+        data = bytearray((own_pack / LAYER).read_bytes())
+        data[-5000] ^= 4
+        (own_pack / LAYER).write_bytes(data)
+
+    either.hub.faults = [Fault("/preupload/", act=change)]  # the comparison is over by then
+    line = either.fails(4, "push", own_pack, "me/pack")
+    assert "was changed while it was sent" in line
+    assert LAYER in line
+    assert "moepack.json" not in either.hub.store.repos["me/pack"].commits[-1].files
+
+
+def test_a_file_that_is_lost_before_the_manifest_comes(client: Client, pack: Path) -> None:
+    def lose() -> None:
+        commits = client.hub.store.repos["me/pack"].commits
+        if len(commits) > 1:
+            commits[-1].files.pop(LAYER, None)
+
+    client.hub.faults = [Fault("/api/models/me/pack", "GET", act=lose, times=-1)]
+    line = client.fails(6, "push", pack, "me/pack")
+    assert LAYER in line
+    assert "moepack.json" not in client.hub.store.repos["me/pack"].commits[-1].files
+
+
+def test_two_pulls_into_one_folder(shared: Client, pack: Path, tmp_path: Path) -> None:
+    out, reached, go_on = tmp_path / "out", threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reached.set()
+        go_on.wait(60)
+
+    shared.hub.faults = [Fault(LAYER, "GET", act=wait)]
+    first = shared.start("pull", "me/pack", out)
+    assert reached.wait(60)
+    assert "in use by" in shared.fails(5, "pull", "me/pack", out)
+    go_on.set()
+    assert first.communicate(timeout=60)[1] == ""
+    assert files_of(out) == files_of(pack)
+
+
+def test_offline(shared: Client, pack: Path, tmp_path: Path) -> None:
+    for words in (("push", pack, "me/pack"), ("pull", "me/pack", tmp_path / "out")):
+        line = shared.fails(6, *words, HF_HUB_OFFLINE="1")
+        assert "HF_HUB_OFFLINE" in line
+    assert not shared.hub.requests
+
+
+@pytest.mark.parametrize("into", ["folder", pytest.param("cache", marks=pytest.mark.slow)])
+def test_a_full_disk(shared: Client, tmp_path: Path, into: str) -> None:
+    """A real one, where the system lets us make it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=3m tmpfs "{disk}"'
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*unshare, mount], capture_output=True).returncode:
+        pytest.skip("no private mounts here")
+    words = {"folder": f"pull me/pack {disk}/out", "cache": "verify me/pack"}[into]
+    home = {"HF_HOME": f"{disk}/home"} if into == "cache" else {}
+    done = subprocess.run(
+        [*unshare, f'{mount} && "{sys.executable}" -W ignore "{DRIVER}" {words}; echo $?'],
+        env=shared.environment(**home),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["5"]
+    assert "space" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    downloads = len(shared.hub.downloads(".safetensors"))
+    assert downloads == 0 if into == "folder" else downloads  # it is known beforehand
 
 
 def change_config(folder: Path) -> None:

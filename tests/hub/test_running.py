@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub.conftest import DRIVER, MODES, Client, files_of
-from tests.hub.hub_server import Fault, Hub
+from tests.hub.hub_server import Hub
+from tests.hub.loopback import Fault
 
 TEXT = Path(__file__).parents[1] / "assets" / "text" / "alice29.txt"
 GENERATE = ("--prompt", "And the king", "--greedy", "--max-new-tokens", "4")
@@ -89,12 +90,19 @@ def test_a_flipped_bit_on_the_way_to_the_cache(client: Client, pack: Path) -> No
 @pytest.mark.parametrize("mode", MODES)
 def test_one_bar_for_everything(hub: Hub, pack: Path, tmp_path: Path, mode: str) -> None:
     client = Client(hub, tmp_path / "home", mode)
-    client.ok("push", pack, "me/pack")
+    # Files are compared with the manifest before anything is sent.
+    shown = on_a_terminal(client, "push", pack, "me/pack")
+    assert bars_in(shown) == [f"checking {pack.name}", "pushing me/pack"]
+    assert shown.count("100%") >= 2
     shown = on_a_terminal(client, "pull", "me/pack", tmp_path / "out")
-    assert "pulling me/pack" in shown
-    bars = {line.split(":")[0].strip() for line in re.split(r"[\r\n]", shown) if "%|" in line}
-    assert bars == {"pulling me/pack"}
+    assert bars_in(shown) == ["pulling me/pack"]
     assert "100%" in shown
+
+
+def bars_in(shown: str) -> list[str]:
+    """The names of the bars that were shown, in their order."""
+    lines = re.split(r"[\r\n]", shown)
+    return list(dict.fromkeys(line.split(":")[0].strip() for line in lines if "%|" in line))
 
 
 def on_a_terminal(client: Client, *arguments: object) -> str:

@@ -4,39 +4,51 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hub.conftest import Client, files_of
-from tests.hub.hub_server import Fault
+from tests.hub.loopback import Fault
 from tests.hub.small_pack import TINY_MOE
+from tests.moepack.convert.mapping_checks import edit, one_file
+from tests.moepack.convert.test_gptq import CONFIG, quantize_linears
 from tests.packs import make_pack
 
 OPTIONS = ("--quantizer", "rtn", "--expert-bits", "2")
 
 
+def in_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Write tensors as shards with an index."""
+    weight_map: dict[str, str] = {}
+    names = sorted(tensors)
+    for i in range(count):
+        part = names[len(names) * i // count : len(names) * (i + 1) // count]
+        shard = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def share(client: Client, folder: Path) -> None:
+    """Put a folder at ``org/model``, with code beside it."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = {"evil.py": b"boom", "pytorch_model.bin": b"boom"}
+    client.hub.store.put("org/model", {**files, **code})
+    client.hub.forget()
+
+
 @pytest.fixture
 def source(client: Client, tmp_path: Path) -> Path:
-    """The small model in five shards, in a folder and at ``org/model``, with code beside it."""
+    """The small model in five shards, in a folder and on the Hub."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in TINY_MOE.iterdir():
         if path.suffix == ".json":
             (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(TINY_MOE / "model.safetensors")
-    weight_map: dict[str, str] = {}
-    names = sorted(tensors)
-    for i in range(5):
-        part = names[len(names) * i // 5 : len(names) * (i + 1) // 5]
-        shard = f"model-{i + 1:05d}-of-00005.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / shard)
-        weight_map |= dict.fromkeys(part, shard)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    in_shards(folder, load_file(TINY_MOE / "model.safetensors"), 5)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code = {"evil.py": b"boom", "pytorch_model.bin": b"boom"}
-    client.hub.store.put("org/model", {**files, **code})
-    client.hub.forget()
+    share(client, folder)
     return folder
 
 
@@ -98,3 +110,31 @@ def test_a_flipped_bit_in_a_shard(client: Client, source: Path, tmp_path: Path) 
     assert streamed["model.safetensors"] == local["model.safetensors"]
     name = "experts/layer-00001.safetensors"
     assert streamed[name] == local[name]
+
+
+@pytest.mark.parametrize("shards", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_gptq_source(client: Client, tmp_path: Path, shards: int) -> None:
+    """Each shard comes once, although a weight is made of four tensors in any of them."""
+    folder = tmp_path / "model"
+    one_file("mixtral", folder, intermediate_size=64, dtype=torch.float16)
+    edit(folder, quantize_linears)
+    if shards > 1:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        in_shards(folder, tensors, shards)
+    else:
+        # As AutoGPTQ names its one file, and keeps its settings.
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "quantize_config.json").write_text(json.dumps(CONFIG))
+    share(client, folder)
+    client.ok("convert", "org/model", tmp_path / "streamed", *OPTIONS)
+    assert sorted(shard_requests(client)) == sorted(p.name for p in folder.glob("*.safetensors"))
+    assert not list(client.home.rglob("*.safetensors"))
+    make_pack(folder, tmp_path / "local", quantizer="rtn", expert_bits=2)
+    streamed, local = files_of(tmp_path / "streamed"), files_of(tmp_path / "local")
+    assert json.loads(streamed.pop("moepack.json"))["source"]["id"] == "org/model"
+    local.pop("moepack.json")
+    assert streamed == local

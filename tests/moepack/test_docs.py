@@ -64,7 +64,7 @@ def test_policy_recipe_works() -> None:
         policy.insert((0, expert))
     policy.touch((0, 0))
     policy.remove((0, 1))
-    assert policy.victim(lambda key: key != (0, 0)) == (0, 2)
+    assert policy.victim(lambda key: key != (0, 0), None) == (0, 2)
 
 
 def code_block(defines: str) -> dict[str, Any]:

@@ -42,6 +42,20 @@ def test_every_family_can_be_sized(family: str) -> None:
     assert 0 < sizes.token_nbytes["q2g64"] < sizes.record_nbytes["q2g64"]
 
 
+def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
+    tied = sizes_of(CONFIG)
+    untied = sizes_of({**CONFIG, "tie_word_embeddings": False})
+    embedding = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
+    assert tied.trunk_token_nbytes == tied.trunk_nbytes
+    assert untied.trunk_nbytes == tied.trunk_nbytes + embedding
+    assert untied.trunk_token_nbytes == tied.trunk_nbytes
+
+
+def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(TINY), "--attn-bits", "5"]) == 2
+    assert "--attn-bits (wanted one of 2, 3, 4, 8, 16, got 5)" in capsys.readouterr().err
+
+
 def test_more_memory_is_more_bits() -> None:
     sizes = sizes_of(CONFIG)
     chosen = [best(recipes(sizes, machine(ram))) for ram in (5_700_000, 6_300_000, 9_000_000)]

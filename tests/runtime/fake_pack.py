@@ -56,11 +56,11 @@ class FakePack:
 
 @contextlib.contextmanager
 def opened(
-    budget: int, *, sizes: int = 2, threads: int = 2
+    budget: int, *, sizes: int = 2, threads: int = 2, policy: str = "lfu"
 ) -> Iterator[tuple[SlotCache, FakePack, Statistics]]:
     with tempfile.TemporaryDirectory() as folder:
         pack, stats = FakePack(Path(folder), sizes), Statistics()
-        cache = SlotCache(pack, budget, RuntimeOptions(io_threads=threads), stats)  # type: ignore[arg-type]
+        cache = SlotCache(pack, budget, RuntimeOptions(io_threads=threads, policy=policy), stats)  # type: ignore[arg-type]
         try:
             yield cache, pack, stats
         finally:

@@ -82,7 +82,7 @@ def test_any_sequence(
 @given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=40), st.integers(1, EXPERTS))
 def test_least_recently_used(demands: list[int], slots: int) -> None:
     """Without guesses: exactly the hits of a dict that forgets its oldest key."""
-    with opened(slots * SMALL.nbytes, sizes=1) as (cache, _, stats):
+    with opened(slots * SMALL.nbytes, sizes=1, policy="lru") as (cache, _, stats):
         size = cache._classes[SMALL.nbytes]
         model: dict[int, None] = {}
         hits = 0

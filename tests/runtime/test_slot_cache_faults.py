@@ -171,18 +171,9 @@ def test_arenas() -> None:
         Arena(2**50, 2**12)
 
 
-def test_policies() -> None:
+def test_names_of_policies() -> None:
     assert "lru" in policy_names()
     with pytest.raises(UsageError, match=r"wanted one of .*lru.* got no-such"):
         get_policy("no-such")
     with pytest.raises(UsageError, match="unknown policy"):
         get_policy("__init__")
-    for name in policy_names():
-        policy = get_policy(name)()
-        assert policy.victim(lambda _: True) is None
-        for key in ((0, 0), (0, 1), (0, 2)):
-            policy.insert(key)
-        policy.touch((0, 0))
-        assert policy.victim(lambda key: key == (0, 2)) == (0, 2)
-        policy.remove((0, 1))
-        assert policy.victim(lambda key: key == (0, 1)) is None

@@ -217,6 +217,13 @@ class DeviceCache:
     def address(self, layer: int, expert: int) -> None:
         """None: a slot may be given to another record."""
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Nothing: the router's weights stay on the device."""
+
+    def resident(self, layer: int) -> list[int]:
+        """See :class:`Residency`."""
+        return [key[1] for key in self._entries if key[0] == layer]
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Remember guesses; they are copied behind the demands of the layer that asks next."""
         self._guesses = deque((layer, expert) for expert in dict.fromkeys(experts))
@@ -257,7 +264,7 @@ class DeviceCache:
             size.demanded += 1
             self._stats.speculative_used += 1
             if size.demanded > size.demanded_limit:
-                self._evict(size)
+                self._evict(size, key)
         else:
             size.policy.touch(key)
         return entry
@@ -288,7 +295,7 @@ class DeviceCache:
         size = self._class_of(key)
         if size.free and size.demanded < size.demanded_limit:
             return size.free.pop()
-        if size.demanded >= size.demanded_limit and not self._evict(size):
+        if size.demanded >= size.demanded_limit and not self._evict(size, key):
             return None
         if not size.free and not self._drop_guess(size, None):
             return None
@@ -346,9 +353,9 @@ class DeviceCache:
             if entry.pins == 0 and not entry.guessed:
                 self._release(entry)
 
-    def _evict(self, size: _SizeClass) -> bool:
+    def _evict(self, size: _SizeClass, incoming: Key) -> bool:
         """Give up the demanded record that the policy names."""
-        victim = size.policy.victim(lambda key: self._entries[key].pins == 0)
+        victim = size.policy.victim(lambda key: self._entries[key].pins == 0, incoming)
         if victim is None:
             return False
         self._release(self._entries[victim])

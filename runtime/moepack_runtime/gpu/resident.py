@@ -87,5 +87,12 @@ class ResidentRecords:
         """Always."""
         return True
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Nothing is chosen by weights here."""
+
+    def resident(self, layer: int) -> list[int]:
+        """See :class:`Residency`."""
+        return list(range(len(self._layers[layer])))
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Nothing is missing."""

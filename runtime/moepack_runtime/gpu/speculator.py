@@ -21,11 +21,10 @@ class DeviceSpeculator(Speculator):
         Returns:
             ``[T, K]`` indices, or None where nothing is guessed.
         """
-        if self._looking(layer, top_k_index):
+        if not self.routers.found:
+            self.routers.look(layer, top_k_index)
             return None
-        guess = self._ask(layer, top_k_index)
-        self._inputs.pop(layer, None)
-        return guess
+        return self._ask(layer, top_k_index)
 
     def told(self, layer: int, needed: list[int], guess: torch.Tensor | None) -> None:
         """The indices are on the host: score the guess about this layer, use that about the next.
@@ -37,4 +36,4 @@ class DeviceSpeculator(Speculator):
         """
         self._score(layer, needed)
         if guess is not None:
-            self._guess(layer + 1, guess.t().reshape(-1).tolist())
+            self._guess(layer + 1, guess)

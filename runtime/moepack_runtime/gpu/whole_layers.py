@@ -90,6 +90,13 @@ class WholeLayers:
         """Never: a layer is moved for each pass."""
         return False
 
+    def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Nothing is chosen by weights here."""
+
+    def resident(self, layer: int) -> list[int]:
+        """See :class:`Residency`."""
+        return []
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Whole layers are moved whatever is guessed."""
 

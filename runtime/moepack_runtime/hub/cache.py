@@ -11,7 +11,7 @@ from moepack_formats.errors import FormatError, IntegrityError, MoepackError, Ne
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
 from moepack_formats.pack import read_manifest
 
-from .errors import root_cause, status_of
+from .errors import UnreachableError, root_cause, status_of
 from .fetch import fetch_file, is_right
 from .listing import list_pack
 from .progress import Bar, TransferProgress
@@ -168,9 +168,9 @@ def _complete(repo_id: str, folder: Path, progress: TransferProgress | None) -> 
             bar.close()
 
 
-def _not_cached(repo_id: str) -> NetworkError:
-    return NetworkError(
-        "no such folder, and not whole in the Hub cache while offline",
+def _not_cached(repo_id: str) -> UnreachableError:
+    return UnreachableError(
+        "not whole in the Hub cache while offline",
         where=repo_id,
         remedy="check the name, or run it once online",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import (
@@ -24,13 +25,25 @@ from moepack_formats.osio import resource_error
 # The base of every error of the client's HTTP library, which changes its name between versions.
 HTTPError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
 
-# RuntimeError is what the client's native transfer library raises.
+# The client's native transfer library raises RuntimeError and ConnectionError, and says in words
+# only which status it met.
 CLIENT_ERRORS = (HTTPError, XetDownloadError, OSError, RuntimeError, ValueError)
 
 RETRY_STATUSES = (429, 500, 502, 503, 504)
 # Another commit is being made; the client itself never tries this one again.
 _BUSY_STATUS = 409
 _CONFLICT_STATUS = 412
+_NATIVE_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+
+
+class UnreachableError(NetworkError):
+    """There is no such repository, or nobody can be asked about it."""
+
+    def or_folder(self) -> NetworkError:
+        """The same, where the name of a folder could have been meant."""
+        return NetworkError(
+            f"no such folder, and {self.what}", where=self.where, remedy=self.remedy
+        )
 
 
 def explain(error: Exception, repo_id: str, revision: str | None = None) -> MoepackError:
@@ -57,8 +70,8 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
     if isinstance(cause, RevisionNotFoundError):
         return NetworkError("no such revision on the Hub", where=repo_id, got=revision or "main")
     if isinstance(cause, RepositoryNotFoundError):
-        return NetworkError(
-            "no such folder, and no such repository on the Hub",
+        return UnreachableError(
+            "no such repository on the Hub",
             where=repo_id,
             remedy="check the name, or log in with `hf auth login` if it is private",
         )
@@ -83,15 +96,21 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
             where=repo_id,
             remedy="try again later: what has arrived is kept" if busy else None,
         )
-    if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError, IncompleteSnapshotError)):
-        return NetworkError(
-            "no such folder, and not whole in the Hub cache while offline",
+    if isinstance(cause, OfflineModeIsEnabled):
+        return UnreachableError(
+            "offline, as HF_HUB_OFFLINE says, and the Hub cache is not enough",
+            where=repo_id,
+            remedy="unset HF_HUB_OFFLINE",
+        )
+    if isinstance(cause, (LocalEntryNotFoundError, IncompleteSnapshotError)):
+        return UnreachableError(
+            "not whole in the Hub cache while offline",
             where=repo_id,
             remedy="check the name, or run it once online",
         )
     if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
-        return NetworkError(
-            f"no such folder, and the connection to the Hub failed ({type(cause).__name__})",
+        return UnreachableError(
+            f"the connection to the Hub failed ({type(cause).__name__})",
             where=repo_id,
             remedy="check the network and run it again: what has arrived is kept",
         )
@@ -99,7 +118,11 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
         return resource_error(cause, repo_id)
     if _is_full_disk(cause):
         return resource_error(OSError(errno.ENOSPC, "no space"), repo_id)
-    return NetworkError(f"the Hub client failed ({type(cause).__name__})", where=repo_id)
+    return NetworkError(
+        f"the transfer broke off in the Hub client ({type(cause).__name__})",
+        where=repo_id,
+        remedy="run it again: what has arrived is kept; --debug shows what the client says",
+    )
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -114,6 +137,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that the Hub answered, if this is about one."""
+    if isinstance(error, (RuntimeError, ConnectionError)):
+        found = _NATIVE_STATUS.search(str(error))
+        return int(found[1]) if found else None
     if not isinstance(error, HfHubHTTPError):
         return None
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -114,8 +114,17 @@ def fetch_checked(
     raise AssertionError("the last try returns or raises")
 
 
-def check_sha256(path: Path, facts: FileEntry, where: object) -> None:
+_PULL_AGAIN = "pull it again; if that does not help, it has to be pushed again"
+
+
+def check_sha256(path: Path, facts: FileEntry, where: object, remedy: str = _PULL_AGAIN) -> None:
     """Compare a file with what the manifest says of it, and force it to the disk.
+
+    Args:
+        path: The file.
+        facts: What the manifest says of it.
+        where: What to call it in messages.
+        remedy: What to do about another one.
 
     Raises:
         IntegrityError: It is another one.
@@ -131,7 +140,7 @@ def check_sha256(path: Path, facts: FileEntry, where: object) -> None:
                 where=where,
                 wanted=f"{facts.size} bytes, sha256 {facts.sha256}",
                 got=f"{size} bytes" if got is None else f"sha256 {got}",
-                remedy="pull it again; if that does not help, it has to be pushed again",
+                remedy=remedy,
             )
         with contextlib.suppress(OSError):
             osio.sync(descriptor)

@@ -34,5 +34,9 @@ def locate_pack(name: str, *, revision: str | None = None) -> Path:
         )
     # The Hub client takes a while to import, and folders need none of it.
     from .cache import fetch_pack
+    from .errors import UnreachableError
 
-    return fetch_pack(name, revision=revision)
+    try:
+        return fetch_pack(name, revision=revision)
+    except UnreachableError as error:
+        raise error.or_folder() from error

@@ -10,8 +10,8 @@ from tqdm import tqdm
 class TransferProgress(Protocol):
     """Is told how far a transfer has come."""
 
-    def start(self, nbytes: int) -> None:
-        """So many bytes belong to it."""
+    def start(self, nbytes: int, what: str | None = None) -> None:
+        """A part of it begins, to which so many bytes belong; ``what`` names it."""
 
     def advance(self, nbytes: int) -> None:
         """So many more are done; negative when some have to come again."""
@@ -23,7 +23,7 @@ class TransferProgress(Protocol):
 class Quiet:
     """A progress that nobody watches."""
 
-    def start(self, nbytes: int) -> None:
+    def start(self, nbytes: int, what: str | None = None) -> None:
         """Nothing."""
 
     def advance(self, nbytes: int) -> None:
@@ -44,12 +44,14 @@ class Bar:
         self._what = what
         self._bar: tqdm[Any] | None = None
 
-    def start(self, nbytes: int) -> None:
+    def start(self, nbytes: int, what: str | None = None) -> None:
         """See :class:`TransferProgress`."""
         self.close()
+        if not nbytes:
+            return
         self._bar = tqdm(
             total=nbytes,
-            desc=self._what,
+            desc=what or self._what,
             unit="B",
             unit_scale=True,
             disable=None,

@@ -43,7 +43,7 @@ class FusedExperts(Protocol):
         """
 
     def takes(self, tokens: int) -> bool:
-        """Whether so many tokens of one pass are faster through ``tokens`` than matrix by matrix."""
+        """Whether a pass of so many tokens is faster through ``tokens`` than by matrices."""
 
     def tokens(
         self,

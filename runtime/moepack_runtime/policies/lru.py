@@ -26,7 +26,7 @@ class LeastRecentlyUsed:
         """Gone."""
         del self._order[key]
 
-    def victim(self, usable: Callable[[Key], bool]) -> Key | None:
+    def victim(self, usable: Callable[[Key], bool], incoming: Key | None) -> Key | None:
         """The oldest usable key."""
         return next((key for key in self._order if usable(key)), None)
 

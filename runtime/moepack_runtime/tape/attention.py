@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,10 @@ def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
         def run() -> Tensor:
             return update(key, value, *args, **kwargs)[0]
 
-        recorder.opaque(Opaque("append", layer), (key, value), run)
-        return layer.keys, layer.values
+        keys = recorder.opaque(Opaque("append", layer), (key, value), run)
+        return keys, cast(Tensor, layer.values)
 
-    layer.update = watched  # type: ignore[method-assign]
+    vars(layer)["update"] = watched
 
 
 def _attend(

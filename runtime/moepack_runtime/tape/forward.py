@@ -6,15 +6,19 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..early_routers import Inputs
 from ..experts_compute import ExpertsCompute
 from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from ..prefetch import Speculator
+from ..statistics import Statistics
 from .attention import recorded_attention
 from .kv import GrowingLayer, take_over
 from .player import Player
@@ -37,17 +41,26 @@ class TapeForward:
 
     Args:
         model: The model.
-        computes: For each experts module, what it computes with.
+        computes: What computes the experts of each layer.
         engine: The native engine.
+        speculator: Guesses experts from what the layers read; None without prefetch.
+        stats: Does not count the passes that are recorded.
     """
 
     def __init__(
-        self, model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+        self,
+        model: nn.Module,
+        computes: Sequence[ExpertsCompute],
+        engine: NativeEngine,
+        speculator: Speculator | None,
+        stats: Statistics,
     ) -> None:
         # Weakly: the model owns this object, and must end with its last other owner.
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
-        self._computes, self._engine = computes, engine
+        self._computes, self._engine, self._stats = computes, engine, stats
+        self._routers = None if speculator is None else speculator.routers
+        self._inputs: Inputs = {}
         self._player: Player | None = None
         self._output: type[Any] | None = None
         self._why_not: str | None = None
@@ -75,13 +88,18 @@ class TapeForward:
         with torch.no_grad():
             if self._player is None:
                 try:
-                    with self._engine.float_activations():
+                    with self._engine.float_activations(), self._stats.uncounted():
                         self._record(token, layers)
                 except CannotRecord as reason:
                     self._give_up(str(reason))
                     return self._forward(self._model(), *args, **kwargs)
-            assert self._player is not None and self._output is not None
-            logits = self._player.play(token, position, layers).clone()
+            assert self._player is not None
+            assert self._output is not None
+            if self._routers is not None:
+                self._routers.show(self._inputs)
+            logits = self._player.play(token, position, layers)
+        for compute in self._computes:
+            compute.settle()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
 
     def _one_token(
@@ -89,6 +107,8 @@ class TapeForward:
     ) -> tuple[int, list[GrowingLayer]] | None:
         """The token and the cache, if the call is for one token after others and nothing else."""
         ids = kwargs.get("input_ids")
+        if any(compute.watcher is not None for compute in self._computes):
+            return None  # which a played token might pass by
         if args or not isinstance(ids, Tensor) or ids.shape != (1, 1):
             return None
         for name, value in kwargs.items():
@@ -132,16 +152,17 @@ class TapeForward:
             token_at.fill_(ids)
             position_at.fill_(start + number)
             recorder = Recorder()
-            output = self._recorded(model, recorder, token_at, position_at, layers)
+            with ExitStack() as stack:
+                if self._routers is not None:
+                    self._inputs = stack.enter_context(self._routers.keeping())
+                output = self._recorded(model, recorder, token_at, position_at, layers)
             passes.append((recorder.steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)
-        player = Player(
-            second, token_at, position_at, output.logits, layers, self._computes, self._engine
-        )
+        player = Player(second, token_at, position_at, output.logits, layers, self._engine)
         for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
             got = player.play(ids, start + number, layers)
             error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
@@ -149,6 +170,8 @@ class TapeForward:
                 _rewind(layers, start)
                 raise CannotRecord(f"played logits differ by {float(error):.1e}")
         _rewind(layers, start)
+        for compute in self._computes:
+            compute.settle()
         self._player, self._output = player, type(output)
         _log.info("%s", self.describe())
 
@@ -162,7 +185,7 @@ class TapeForward:
     ) -> Any:
         from transformers.cache_utils import Cache
 
-        opaque: dict[nn.Module, str] = dict.fromkeys(self._computes, "experts")
+        opaque: dict[nn.Module, str] = {}
         for module in model.modules():
             if isinstance(module, (PackedLinear, TiedHead)):
                 opaque[module] = "packed"
@@ -170,7 +193,10 @@ class TapeForward:
                 opaque[module] = "embed"
         cache = Cache(layers=list(layers))
         try:
-            with recorded_attention(model, recorder, layers), recording(recorder, opaque):
+            with (
+                recorded_attention(model, recorder, layers),
+                recording(recorder, opaque, self._computes),
+            ):
                 output = self._forward(
                     model,
                     input_ids=token,
@@ -195,10 +221,14 @@ class TapeForward:
 
 
 def install(
-    model: nn.Module, computes: dict[Any, ExpertsCompute], engine: NativeEngine
+    model: nn.Module,
+    computes: Sequence[ExpertsCompute],
+    engine: NativeEngine,
+    speculator: Speculator | None,
+    stats: Statistics,
 ) -> TapeForward:
     """Make a model's forward play tokens; what is not one token goes on as before."""
-    tape = TapeForward(model, computes, engine)
+    tape = TapeForward(model, computes, engine, speculator, stats)
 
     @functools.wraps(type(model).forward)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ buffer ``[1, heads, capacity, width]`` and hands out views of what is filled.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,25 +52,56 @@ class _Buffers:
 
 
 class GrowingLayer(DynamicLayer):
-    """A full-attention cache layer over a buffer; ``keys`` and ``values`` are views of it."""
+    """A full-attention cache layer over a buffer.
 
-    buffers: _Buffers
+    ``keys`` and ``values`` are views of what is filled. A played token only moves the end; the
+    views are made when somebody looks. Code of transformers' may also put others in their place.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: _Buffers | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def taking(cls, layer: DynamicLayer) -> GrowingLayer:
-        """A growing layer with what a dynamic one holds."""
+        """A growing layer with what a dynamic one holds, which must have begun."""
         new = cls()
         new.dtype, new.device = layer.dtype, layer.device
         new.is_initialized = True
-        new.buffers = _Buffers(layer.keys, layer.values)
-        new._show(new.buffers.filled)
+        new.buffers = _Buffers(cast(Tensor, layer.keys), cast(Tensor, layer.values))
         return new
 
+    @property
+    def keys(self) -> Tensor | None:
+        """``[1, heads, tokens, width]``, or None before the first."""
+        if self._keys is None and self.buffers is not None:
+            self._keys = self.buffers.keys[:, :, : self.buffers.filled]
+        return self._keys
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._keys = value
+        if value is None:
+            self.buffers = None
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[1, heads, tokens, width]``, or None before the first."""
+        if self._values is None and self.buffers is not None:
+            self._values = self.buffers.values[:, :, : self.buffers.filled]
+        return self._values
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._values = value
+
     @override
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0])
-        self._show(0)
+    def get_seq_length(self) -> int:
+        if self._keys is None and self.buffers is not None:
+            return self.buffers.filled
+        return super().get_seq_length()
 
     @override
     def update(
@@ -79,37 +110,42 @@ class GrowingLayer(DynamicLayer):
         """Append; views of everything. See the base class."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._own()
-        self._show(self.buffers.write(self.get_seq_length(), key_states, value_states))
-        return self.keys, self.values
+            self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0])
+        length = self.get_seq_length()
+        self._own().write(length, key_states, value_states)
+        self._keys = self._values = None
+        return cast(Tensor, self.keys), cast(Tensor, self.values)
 
-    def reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> _Buffers:
         """Make room for so many tokens in all; what was handed out before is a copy then."""
-        self._own()
-        self.buffers.reserve(tokens)
-        self._show(self.get_seq_length())
-
-    def _show(self, end: int) -> None:
-        self.keys, self.values = self.buffers.keys[:, :, :end], self.buffers.values[:, :, :end]
-
-    def _own(self) -> None:
-        """After transformers has replaced the views, as beam search does, take over what it made."""
-        if self.keys.data_ptr() != self.buffers.keys.data_ptr() or len(self.keys) != len(
-            self.buffers.keys
-        ):
-            self.buffers = _Buffers(self.keys, self.values)
-            self._show(self.buffers.filled)
+        buffers = self.buffers
+        if self._keys is not None or buffers is None or tokens > buffers.capacity:
+            length = self.get_seq_length()
+            buffers = self._own()
+            buffers.reserve(tokens)
+            self.rewind(length)
+        return buffers
 
     def rewind(self, length: int) -> None:
         """Forget the tokens after the first ``length``."""
-        self.buffers.filled = min(self.buffers.filled, length)
-        self._show(length)
+        self._own().filled = length
+        self._keys = self._values = None
 
     def played(self) -> None:
         """A played pass has put one more token behind the others."""
-        end = self.get_seq_length() + 1
-        self.buffers.filled = end
-        self._show(end)
+        self._own().filled += 1
+        self._keys = self._values = None
+
+    def _own(self) -> _Buffers:
+        """The buffers, made anew if transformers has put something else in the views' place."""
+        keys, values, mine = self._keys, self._values, self.buffers
+        replaced = keys is not None and (
+            mine is None or keys.data_ptr() != mine.keys.data_ptr() or len(keys) != len(mine.keys)
+        )
+        if replaced:
+            mine = self.buffers = _Buffers(cast(Tensor, keys), cast(Tensor, values))
+            self._keys = self._values = None
+        return cast(_Buffers, mine)
 
 
 def take_over(cache: Any) -> list[GrowingLayer] | None:
@@ -124,29 +160,23 @@ def take_over(cache: Any) -> list[GrowingLayer] | None:
     """
     if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
         return None
-    if all(type(layer) is GrowingLayer for layer in cache.layers):
-        layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
-    else:
-        if not all(_plain(layer) for layer in cache.layers):
-            return None
-        layers = [
-            layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer)  # type: ignore[arg-type]
-            for layer in cache.layers
-        ]
-    first = layers[0].keys
-    if first.shape[2] == 0 or any(
-        layer.keys.shape[2] != first.shape[2]
-        or layer.keys.shape[0] != 1
-        or layer.keys.dtype != torch.float32
-        for layer in layers
-    ):
+    # The exact types: a subclass may hold more than keys and values.
+    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
         return None
+    plain = cast("list[DynamicLayer]", cache.layers)
+    length = plain[0].get_seq_length()
+    if length == 0 or any(layer.get_seq_length() != length for layer in plain):
+        return None
+    if not all(_fits(layer) for layer in plain):
+        return None
+    layers = [
+        layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer) for layer in plain
+    ]
     cache.layers[:] = layers
     return layers
 
 
-def _plain(layer: Any) -> bool:
-    # The exact types: a subclass may hold more than keys and values.
-    if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized:
-        return False
-    return layer.keys is not None and layer.keys.dim() == 4
+def _fits(layer: DynamicLayer) -> bool:
+    mine = layer.buffers if isinstance(layer, GrowingLayer) else None
+    keys = layer.keys if mine is None else mine.keys
+    return keys is not None and len(keys) == 1 and keys.dtype is torch.float32

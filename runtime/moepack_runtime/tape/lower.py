@@ -166,7 +166,8 @@ def _reduce(step: Step) -> NativeStep | None:
     keep = step.arguments[2] if len(step.arguments) > 2 else False
     if not native.is_floats(out, source) or step.keywords or not axes or len(axes) != 1:
         return None
-    kind = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean"}.get(step.operation, "max")  # type: ignore[call-overload]
+    kinds: dict[Any, str] = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean"}
+    kind = kinds.get(step.operation, "max")
     result = out if keep else out.unsqueeze(axes[0] % source.dim())
     return along(Op.REDUCE, native.REDUCE.index(kind), axes[0], source, result)
 

@@ -18,6 +18,7 @@ from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .kv import GrowingLayer
 from .lower import Call, embedding_step, lower
+from .pool import compact
 from .record import CannotRecord, Opaque, Step
 from .steps import Kv, NativeStep, Op, elementwise, is_floats
 
@@ -33,8 +34,8 @@ class Player:
         position: ``[1, 1]`` int64, where it reads the position.
         logits: ``[1, 1, vocabulary]``, which it writes.
         layers: The cache layers it used, in the order of the model.
-        computes: For each experts module, what it computes with.
         engine: The native engine.
+        keep: Further results that are read from outside, and must stay where they are.
 
     Raises:
         CannotRecord: Something in it cannot be played.
@@ -47,17 +48,18 @@ class Player:
         position: Tensor,
         logits: Tensor,
         layers: Sequence[GrowingLayer],
-        computes: dict[Any, ExpertsCompute],
         engine: NativeEngine,
+        keep: Sequence[Tensor] = (),
     ) -> None:
         self._token, self._position, self._logits = token, position, logits
-        self._engine, self._computes = engine, computes
+        self._engine = engine
         self._kv = {id(layer): Kv() for layer in layers}
         self._caches = list(self._kv.values())
         self._known: list[Any] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
         self._alive: list[Any] = [steps, layers]
         found: list[NativeStep] = []
+        fixed = [token, position, logits]
         mutated = _mutated(steps)
         for step in steps:
             lowered = (
@@ -65,6 +67,8 @@ class Player:
                 if isinstance(step.operation, Opaque)
                 else lower(step, mutated)
             )
+            if callable(lowered) or _is_experts(step):
+                fixed += tree_flatten((step.arguments, step.keywords, step.results))[0]
             if callable(lowered):
                 self._calls[len(found)] = lowered
                 found.append(NativeStep(op=Op.PYTHON))
@@ -74,6 +78,10 @@ class Player:
                         self._calls[len(found)] = self._experts_call(step)
                     found.append(native_step)
         self._steps = (NativeStep * len(found))(*found)
+        stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
+        stay |= {t.untyped_storage().data_ptr() for t in keep}
+        results = [result for step in steps for result in step.results]
+        self._alive.append(compact(list(self._steps), results, stay))
         self._count = len(found)
 
     @property
@@ -91,7 +99,7 @@ class Player:
             layers: The cache.
 
         Returns:
-            Logits ``[1, 1, vocabulary]``, which the next call overwrites.
+            Logits ``[1, 1, vocabulary]``, a copy.
         """
         self._token.fill_(token)
         self._position.fill_(position)
@@ -107,12 +115,14 @@ class Player:
             at += 1
         for layer in layers:
             layer.played()
-        return self._logits
+        # Not clone(): so large a copy wakes torch's threads, which takes longer than the copy.
+        logits = torch.empty_like(self._logits)
+        ctypes.memmove(logits.data_ptr(), self._logits.data_ptr(), logits.nbytes)
+        return logits
 
     def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
         """Make a native layer stand for a layer of the cache, with room for one more token."""
-        layer.reserve(position + 1)
-        buffers = layer.buffers
+        buffers = layer.reserve(position + 1)
         if self._known[number] is not buffers.keys:
             self._known[number] = buffers.keys
             kv.keys, kv.values = buffers.keys.data_ptr(), buffers.values.data_ptr()
@@ -182,7 +192,7 @@ class Player:
 
     def _lower_experts(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         hidden, index, weights = step.arguments
-        out, layer = step.results[0], self._computes[what.subject].native_layer
+        out, layer = step.results[0], what.subject.native_layer
         if layer is None or not is_floats(hidden, weights, out) or index.dtype is not torch.int64:
             return self._experts_call(step)
         steps, hidden = self._contiguous(hidden)
@@ -195,11 +205,12 @@ class Player:
 
     def _experts_call(self, step: Step) -> Call:
         assert isinstance(step.operation, Opaque)
-        compute, out = self._computes[step.operation.subject], step.results[0]
+        compute: ExpertsCompute = step.operation.subject
+        out = step.results[0]
         inputs = step.arguments
 
         def call() -> None:
-            out.copy_(compute(*inputs).view(out.shape))
+            out.copy_(compute.compute(*inputs).view(out.shape))
 
         return call
 
@@ -213,6 +224,10 @@ class Player:
         if step is None:
             raise CannotRecord("a matrix gets values from all over memory")
         return [step], copy
+
+
+def _is_experts(step: Step) -> bool:
+    return isinstance(step.operation, Opaque) and step.operation.kind == "experts"
 
 
 def _mutated(steps: Sequence[Step]) -> set[int]:

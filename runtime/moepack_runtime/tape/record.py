@@ -7,7 +7,7 @@ the model is then not played (:func:`differences`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from typing_extensions import override
+
+from ..experts_compute import ExpertsCompute
 
 
 class CannotRecord(Exception):
@@ -63,7 +65,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self._paused = False
 
@@ -94,13 +96,23 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def recording(recorder: Recorder, modules: dict[nn.Module, str]) -> Iterator[None]:
-    """Record, with some modules as opaque steps.
+def recording(
+    recorder: Recorder, modules: dict[nn.Module, str], computes: Sequence[ExpertsCompute]
+) -> Iterator[None]:
+    """Record, with some modules and all experts as opaque steps.
 
     Args:
         recorder: Takes the steps.
         modules: The modules that are one step each, and its kind.
+        computes: What computes the experts.
     """
+
+    def watch_experts(compute: ExpertsCompute) -> None:
+        def run(*inputs: Tensor) -> Tensor:
+            what = Opaque("experts", compute)
+            return recorder.opaque(what, inputs, lambda: compute.compute(*inputs))
+
+        compute.stand_in = run
 
     def watch(module: nn.Module, kind: str) -> None:
         forward = module.forward
@@ -116,9 +128,13 @@ def recording(recorder: Recorder, modules: dict[nn.Module, str]) -> Iterator[Non
     try:
         for module, kind in modules.items():
             watch(module, kind)
+        for compute in computes:
+            watch_experts(compute)
         with recorder, torch.no_grad():
             yield
     finally:
+        for compute in computes:
+            compute.stand_in = None
         for module, forward in hidden.items():
             if forward is None:
                 vars(module).pop("forward", None)

@@ -30,16 +30,16 @@ class Op(IntEnum):
     EXPERTS = 11
 
 
-UNARY = (
-    "copy neg abs square sqrt rsqrt reciprocal exp log sin cos tanh sigmoid silu gelu gelu_tanh "
-    "relu softplus clamp fill"
-).split()
+UNARY = [
+    *("copy", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "sin", "cos"),
+    *("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "softplus", "clamp", "fill"),
+]
 """Element-wise functions of one operand, in the order of glue.h."""
 
-BINARY = "add sub mul div maximum minimum".split()
+BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
 """Element-wise functions of two operands, in the order of glue.h."""
 
-REDUCE = "sum mean max".split()
+REDUCE = ["sum", "mean", "max"]
 
 
 class NativeStep(ctypes.Structure):

@@ -15,7 +15,7 @@ from moepack_runtime.loading import load_pack
 from tests import families
 from tests.commands import Command, hashes
 from tests.moepack.convert.mapping_checks import edit, one_file
-from tests.moepack.convert.test_gptq import CONFIG, linear, named
+from tests.moepack.convert.test_gptq import quantize_linears
 from tests.moepack.convert.test_mapping_quantized import fp8_blocks
 from tests.packs import make_pack
 
@@ -27,13 +27,7 @@ def test_gptq(command: Command, tmp_path: Path) -> None:
     weights: dict[str, Tensor] = {}
 
     def quantize(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        for seed, (key, value) in enumerate(sorted(tensors.items())):
-            if "experts" not in key and "self_attn" not in key:
-                continue
-            parts, weights[key] = linear(seed, *value.shape)
-            del tensors[key]
-            tensors |= named(key.removesuffix(".weight"), parts)
-        config["quantization_config"] = CONFIG
+        weights.update(quantize_linears(tensors, config))
 
     def write_out(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
         tensors |= weights

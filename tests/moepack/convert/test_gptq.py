@@ -66,6 +66,25 @@ def named(name: str, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{name}.{part}": tensor.clone() for part, tensor in parts.items()}
 
 
+def quantize_linears(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Put a GPTQ Linear in the place of each of a model's experts' and attentions'.
+
+    Returns:
+        What their weights are now, by key.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for seed, (key, value) in enumerate(sorted(tensors.items())):
+        if "experts" not in key and "self_attn" not in key:
+            continue
+        parts, weights[key] = linear(seed, *value.shape)
+        del tensors[key]
+        tensors |= named(key.removesuffix(".weight"), parts)
+    config["quantization_config"] = CONFIG
+    return weights
+
+
 # --- what the real libraries wrote ---------------------------------------------------------------
 
 

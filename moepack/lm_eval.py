@@ -1,0 +1,86 @@
+"""lm-eval, EleutherAI's evaluation harness, on packs.
+
+    python -m moepack.lm_eval --model moepack --model_args pretrained=PACK,ram=6GiB --tasks piqa
+
+takes the arguments of the ``lm_eval`` command, which has no way to find models of other packages.
+In Python ``import moepack`` is enough for ``lm_eval.simple_evaluate(model="moepack", ...)``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from moepack.commands.common import physical_cores
+from moepack_formats.errors import MoepackError, UsageError
+from moepack_runtime.loading import load_pack, load_tokenizer
+from moepack_runtime.options import RuntimeOptions
+
+try:
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"moepack: lm-eval is missing ({error}); pip install 'moepack[lm-eval]'", file=sys.stderr)
+    sys.exit(2)
+
+
+class PackLM(HFLM):  # type: ignore[misc]
+    """A pack as the harness sees it: its own transformers model, loaded our way.
+
+    Args:
+        pretrained: The pack's folder, or its Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        device: Ignored: this version computes on the CPU, and the harness says ``cuda:0`` unless it
+            is told otherwise.
+        dtype: What the trunk computes in; ``auto`` is float32, as in ``moepack eval``.
+        arguments: Fields of :class:`RuntimeOptions`, as ``ram=6GiB`` or ``activations=float``; the
+            rest goes to the harness's own model, as ``batch_size`` or ``add_bos_token``.
+
+    Raises:
+        MoepackError: The pack is not valid, does not fit, or has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        **arguments: Any,
+    ) -> None:
+        found = torch.float32 if dtype == "auto" else getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise UsageError("no such dtype", wanted="as float32 or bfloat16", got=dtype)
+        names = {field.name for field in fields(RuntimeOptions)}
+        ours = {name: arguments.pop(name) for name in names & arguments.keys()}
+        threads = ours.setdefault("threads", physical_cores())
+        torch.set_num_threads(threads)
+        model = load_pack(pretrained, revision=revision, dtype=found, **ours)
+        tokenizer = load_tokenizer(model.moepack.pack.folder)
+        if tokenizer is None:
+            raise UsageError("the pack has no tokenizer: its source had none", where=pretrained)
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **arguments)
+        # For the report; what was given above is the model itself.
+        self.pretrained, self.revision = pretrained, revision or "main"
+
+
+def main() -> None:
+    """The ``lm_eval`` command, with errors of packs in one line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    import moepack  # noqa: F401 - makes the name known
+
+    try:
+        cli_evaluate()
+    except MoepackError as error:
+        print(f"moepack: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Measuring decode and prefill speed of a pack, and of llama.cpp beside it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moepack_formats.errors import UsageError
+
+if TYPE_CHECKING:
+    from moepack_runtime.statistics import Statistics
+
+_READ_NBYTES = 512 << 20
+"""Memory that is read to measure its bandwidth: more than any cache holds."""
+
+
+class Runner(Protocol):
+    """Something that runs tokens."""
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Start a new context with some tokens."""
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """Go on with given tokens, one after the other."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        prompt_tokens: Tokens of the measured prefill.
+        context_tokens: Tokens before the measured decoding.
+        new_tokens: Tokens that are decoded.
+        rounds: How often, in turns with the peer.
+        seed: Of the tokens, which are drawn uniformly.
+        vocabulary: Their number of different ones.
+    """
+
+    prompt_tokens: int
+    context_tokens: int
+    new_tokens: int
+    rounds: int
+    seed: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens a second, one figure a round.
+
+    Attributes:
+        prefill: Of the prompt.
+        decode: One token after another.
+    """
+
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+
+class PackRunner:
+    """A loaded pack.
+
+    Args:
+        model: From :func:`moepack_runtime.loading.load_pack`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache = model, None
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """See :class:`Runner`."""
+        import torch
+
+        output = self._model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """See :class:`Runner`."""
+        import torch
+
+        for token in ids:
+            one = torch.tensor([[token]])
+            output = self._model(input_ids=one, past_key_values=self._cache, use_cache=True)
+            self._cache = output.past_key_values
+
+
+class LlamaRunner:
+    """A GGUF file in llama.cpp, on the CPU, through llama-cpp-python.
+
+    Args:
+        file: The file.
+        context: Tokens that it must have room for.
+        threads: Threads that compute.
+
+    Raises:
+        UsageError: llama-cpp-python is not installed, or cannot load the file.
+    """
+
+    def __init__(self, file: Path, context: int, threads: int) -> None:
+        try:
+            from llama_cpp import Llama
+        except ImportError:
+            raise UsageError(
+                "comparing with llama.cpp needs llama-cpp-python",
+                remedy="pip install 'moepack[bench]'",
+            ) from None
+        try:
+            self._llama: Any = Llama(
+                str(file),
+                n_ctx=context,
+                n_batch=512,
+                n_ubatch=512,
+                n_threads=threads,
+                n_threads_batch=threads,
+                n_gpu_layers=0,
+                verbose=False,
+            )
+        except (ValueError, OSError) as error:
+            raise UsageError("llama.cpp cannot load the file", where=file, got=error) from error
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of its tokens."""
+        return int(self._llama.n_vocab())
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """See :class:`Runner`."""
+        self._llama.reset()
+        self._llama.eval(list(ids))
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """See :class:`Runner`."""
+        for token in ids:
+            self._llama.eval([token])
+
+
+def measure(
+    plan: Plan, pack: PackRunner, stats: Statistics, peer: Runner | None = None
+) -> tuple[Speeds, Speeds | None, Statistics]:
+    """Run a pack, and a peer in turns with it.
+
+    One round that does not count comes first: it touches every page and records the decoding.
+
+    Args:
+        plan: What to run.
+        pack: The pack.
+        stats: The pack's counters.
+        peer: What to compare with.
+
+    Returns:
+        The pack's speeds, the peer's, and the counters of the pack's decoding alone.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(plan.seed)
+    decoding = type(stats)()
+
+    def draw(count: int) -> list[int]:
+        ids: list[int] = torch.randint(plan.vocabulary, (count,), generator=generator).tolist()
+        return ids
+
+    runners: list[Runner] = [pack] if peer is None else [pack, peer]
+    prefill: list[list[float]] = [[] for _ in runners]
+    decode: list[list[float]] = [[] for _ in runners]
+    for number in range(plan.rounds + 1):
+        prompt, context = draw(plan.prompt_tokens), draw(plan.context_tokens)
+        following = draw(plan.new_tokens)
+        for runner, prefills, decodes in zip(runners, prefill, decode, strict=True):
+            taken = _seconds(runner.prefill, prompt)
+            runner.prefill(context)
+            if runner is pack:
+                stats.reset()  # hits and bytes are those of decoding
+            taken_next = _seconds(runner.decode, following)
+            if number == 0:
+                continue
+            prefills.append(len(prompt) / taken)
+            decodes.append(len(following) / taken_next)
+            if runner is pack:
+                decoding.add(stats)
+    speeds = [Speeds(tuple(p), tuple(d)) for p, d in zip(prefill, decode, strict=True)]
+    return speeds[0], speeds[1] if peer is not None else None, decoding
+
+
+def packed_nbytes_per_token(model: Any, demands_per_token: float) -> float:
+    """Bytes of packed weights that one token multiplies with.
+
+    Args:
+        model: A loaded pack.
+        demands_per_token: Experts that a token goes through, all layers together.
+    """
+    from moepack_runtime.packed_modules import PackedLinear, TiedHead
+
+    trunk = sum(
+        (module.source if isinstance(module, TiedHead) else module).packed.numel()
+        for module in model.modules()
+        if isinstance(module, (PackedLinear, TiedHead))
+    )
+    records = [at.spec.payload_nbytes for layer in model.moepack.pack.layers for at in layer]
+    return float(trunk + demands_per_token * statistics.mean(records))
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float | None:
+    """Bytes a second at which memory is read, the median; None without the native library."""
+    import torch
+
+    from moepack_runtime.kernels import native
+
+    if native.available() is None:
+        return None
+    data = torch.ones(_READ_NBYTES, dtype=torch.uint8)
+    taken = [_seconds(native.read_memory, data, threads) for _ in range(rounds)]
+    return _READ_NBYTES / statistics.median(taken)
+
+
+def _seconds(run: Callable[..., None], *arguments: Any) -> float:
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start

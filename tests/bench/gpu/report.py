@@ -106,7 +106,9 @@ def parity(report: Report, device: torch.device) -> None:
     for table in tables:
         for row in table:
             worst = max(worst, row.one_token, row.many_tokens)
-            report.say(f"| {row.scheme} | {row.dtype} | {row.one_token:.1e} | {row.many_tokens:.1e} |")
+            report.say(
+                f"| {row.scheme} | {row.dtype} | {row.one_token:.1e} | {row.many_tokens:.1e} |"
+            )
     report.say("")
     report.check("kernel parity", "1e-2", f"{worst:.1e}", worst <= 1e-2)
 

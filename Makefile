@@ -21,7 +21,8 @@ LAYERS ?= 2
 TESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test-native test-neon demo test test-slow check bench bench-convert bench-memory quality docs-cli clean
+.PHONY: help setup native test-native test-neon demo test test-slow test-gpu check bench bench-gpu \
+	bench-convert bench-memory quality docs-cli clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +81,14 @@ test: $(STAMP)  ## run the tests (all but the slow ones and those that need a GP
 
 test-slow: $(STAMP)  ## run the slow tests
 	@$(PY) -m pytest -q -m "slow and not gpu" $(TESTFLAGS)
+
+test-gpu: $(STAMP)  ## run the tests that need a GPU, Triton's kernels among them
+	@$(PY) tests/bench/gpu/need.py
+	@TRITON_INTERPRET=0 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "gpu and not slow" \
+		tests/runtime/kernels/triton_gpu tests/runtime/gpu/test_cuda.py $(TESTFLAGS)
+
+bench-gpu: $(STAMP)  ## measure this machine's GPU, into docs/gpu/REPORT-<gpu>.md
+	@TRITON_INTERPRET=0 $(PY) -m tests.bench.gpu.report
 
 check: $(STAMP)  ## lint, formatting, types and the direction of imports
 	@$(PY) -m ruff check .

@@ -62,7 +62,7 @@ def measure(model: Any, ids: Tensor, progress: Any = None) -> Perplexity:
     Raises:
         UsageError: The text has fewer than two tokens.
     """
-    runs = list(windows(ids, window_length(model)))
+    runs = list(windows(ids.to(model.device), window_length(model)))
     if not runs:
         raise UsageError("the text is too short to score", wanted="two tokens", got=len(ids))
     total, tokens = 0.0, 0

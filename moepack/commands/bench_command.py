@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moepack_runtime.options import format_size
+from moepack_formats.errors import UsageError
+from moepack_runtime.options import format_size, parse_size
 
 from .common import (
     common_options,
@@ -43,6 +45,19 @@ from .common import (
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
+    "--ablation",
+    is_flag=True,
+    help="What cache and prefetch are worth on a GPU: full, without prefetch, without both, and "
+    "whole layers moved. Give --vram, less than the experts need.",
+)
+@click.option(
+    "--simulate-link",
+    type=parse_size,
+    metavar="SIZE",
+    help="With --ablation: simulate a GPU behind a link of so many bytes a second, as 16GB. Times "
+    "are then simulated too.",
+)
+@click.option(
     "--peer-gguf",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
@@ -57,6 +72,8 @@ def command(
     context_tokens: int,
     rounds: int,
     seed: int,
+    ablation: bool,
+    simulate_link: int | None,
     peer_gguf: Path | None,
     as_json: bool,
     verbose: bool,
@@ -71,6 +88,10 @@ def command(
     from .. import speed
 
     set_up(verbose)
+    if ablation:
+        lengths = prompt_tokens, max_new_tokens
+        _ablation(pack, lengths, seed, simulate_link, as_json, runtime)
+        return
     model = load(pack, **runtime)
     threads = runtime["threads"] or physical_cores()
     vocabulary = model.config.get_text_config().vocab_size
@@ -114,6 +135,57 @@ def command(
             f"ratio    decode {values['decode_ratio']:.2f}, prefill {values['prefill_ratio']:.2f} "
             "(medians of the rounds' ratios)"
         )
+
+
+def _ablation(
+    pack: str,
+    lengths: tuple[int, int],
+    seed: int,
+    bandwidth: int | None,
+    as_json: bool,
+    runtime: dict[str, Any],
+) -> None:
+    """The paper's table."""
+    import torch
+
+    from moepack_runtime.gpu.measure import pinned_copy_peak
+    from moepack_runtime.gpu.simulated_link import LinkSpec
+
+    from ..ablation import Setting, table
+    from ..ablation import ablation as run
+
+    if bandwidth is None and not torch.cuda.is_available():
+        raise UsageError(
+            "an ablation needs a GPU", got="no CUDA device", remedy="--simulate-link 16GB"
+        )
+    more: dict[str, Any] = {}
+    if bandwidth is not None:
+        more = {"link": LinkSpec(bandwidth), "device": "cpu"}
+
+    def loaded(setting: Setting) -> Any:
+        choice: dict[str, Any] = {
+            "prefetch": setting.prefetch,
+            "keep": setting.keep,
+            "offload": setting.offload,
+        }
+        if setting.offload == "layers":
+            choice["vram"] = None  # two whole layers take what they take
+        return load(pack, **{**runtime, **more, **choice})
+
+    def tokens(model: Any) -> Any:
+        vocabulary = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocabulary, (1, sum(lengths)), generator=generator)
+
+    rows = run(loaded, tokens, lengths[0], pinned_copy_peak)
+    same = all(row.choices == rows[0].choices for row in rows)
+    if as_json:
+        values = [{k: v for k, v in asdict(row).items() if k != "choices"} for row in rows]
+        print_json({"ablation": values, "same_tokens": same})
+        return
+    click.echo(table(rows))
+    if not same:
+        click.echo("the settings did not choose the same tokens (see --hybrid)")
 
 
 def _speeds_json(prefix: str, speeds: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moepack_formats.errors import UsageError
 from moepack_runtime.options import (
     ACTIVATIONS,
     ENGINES,
+    HYBRID_MODES,
     IO_MODES,
     SCOPES,
     RuntimeOptions,
@@ -51,7 +52,15 @@ def runtime_options(function: F) -> F:
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
-            help="Where to compute. This version computes on the CPU.",
+            help="Where to compute; auto is a GPU where there is one.",
+        ),
+        click.option(
+            "--hybrid",
+            type=click.Choice(HYBRID_MODES),
+            default="auto",
+            show_default=True,
+            help="Experts that are not in GPU memory: compute them on the CPU never, always, or "
+            "where that is estimated to be faster than copying.",
         ),
         click.option(
             "--activations",
@@ -119,6 +128,12 @@ def runtime_options(function: F) -> F:
             metavar="SIZE",
             help="Memory for the whole process, as 6GiB [default: a safe share of what is free].",
         ),
+        click.option(
+            "--vram",
+            type=parse_size,
+            metavar="SIZE",
+            help="GPU memory for trunk and experts [default: a safe share of what is free].",
+        ),
     ):
         function = option(function)
     return function
@@ -161,18 +176,19 @@ def load(
     pin: Path | None,
     cache_bias: float,
     device: str,
+    vram: int | None,
+    hybrid: str,
     threads: int | None,
     engine: str,
     activations: str,
+    **more: Any,
 ) -> Any:
     """Load a pack for a command, fetching it first if ``pack`` is a Hub id.
 
     Raises:
-        UsageError: A device that this version cannot use.
+        UsageError: There is no such device.
         MoepackError: The pack is not valid or does not fit.
     """
-    if device == "cuda":
-        raise UsageError("this version computes on the CPU", got="--device cuda")
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -201,6 +217,10 @@ def load(
         engine=engine,
         activations=activations,
         threads=threads,
+        device=device,
+        vram=vram,
+        hybrid=hybrid,
+        **more,
     )
 
 
@@ -238,6 +258,8 @@ def statistics_json(stats: Statistics) -> dict[str, Any]:
         "prefetch_stops": stats.prefetch_stops,
         "bytes_read": stats.bytes_read,
         "bytes_per_token": stats.bytes_per_token,
+        "bytes_copied": stats.bytes_copied,
+        "computed_on_cpu": stats.computed_on_cpu,
     }
 
 
@@ -250,6 +272,8 @@ def statistics_line(stats: Statistics) -> str:
     recall = "none" if stats.recall is None else f"{stats.recall:.1%}"
     parts.append(f"prefetch recall {recall}")
     parts.append(f"{format_size(stats.bytes_read)} read")
+    if stats.bytes_copied:
+        parts.append(f"{format_size(stats.bytes_copied)} copied to the GPU")
     return ", ".join(parts)
 
 

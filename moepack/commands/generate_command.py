@@ -191,7 +191,7 @@ class Writer:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and ids.shape[1] + self._options["max_new_tokens"] > limit:
             say(f"moepack: the model was made for {limit} tokens; beyond them it may ramble")
-        reply = Reply(ids.shape[1])
+        ids, reply = ids.to(self._model.device), Reply(ids.shape[1])
         start = time.perf_counter()
 
         class Stream(TextStreamer):

@@ -52,9 +52,9 @@ class Arena:
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._view = memoryview(self._memory)
 
-    def tensor(self, slot: int) -> Tensor:
-        """``[slot_nbytes]`` uint8 over a slot."""
-        return self._bytes[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
+    def tensor(self, slot: int, count: int = 1) -> Tensor:
+        """``[count * slot_nbytes]`` uint8 over some slots."""
+        return self._bytes[slot * self.slot_nbytes : (slot + count) * self.slot_nbytes]
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes, for reading into."""

@@ -18,8 +18,9 @@ from moepack_formats.paths import resolve_inside
 
 from . import plugin  # noqa: F401 - importing registers
 from .auto_class import auto_class_of
+from .gpu.tier import resolve_device
 from .hub.locate import locate_pack
-from .options import options
+from .options import current_options, options
 from .pack_config import BASE_MODEL_TYPE_KEY
 
 
@@ -27,7 +28,7 @@ def load_pack(
     folder: Path | str,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **changes: Any,
 ) -> Any:
     """Load a pack.
@@ -35,7 +36,8 @@ def load_pack(
     Args:
         folder: The pack's folder, or its Hub id.
         revision: Branch, tag or commit of a Hub id.
-        dtype: What the trunk computes in.
+        dtype: What the trunk computes in; None for float32 on the CPU and bfloat16 on a GPU
+            (float16 where that has no bfloat16).
         changes: Fields of :class:`moepack_runtime.options.RuntimeOptions`.
 
     Returns:
@@ -52,7 +54,10 @@ def load_pack(
     try:
         with options(**changes):
             model: PreTrainedModel = auto_class.from_pretrained(
-                path, dtype=dtype, local_files_only=True, trust_remote_code=False
+                path,
+                dtype=dtype or _usual_dtype(resolve_device(current_options())),
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise FormatError(
@@ -61,6 +66,12 @@ def load_pack(
             got=f"{type(error).__name__}: {error}",
         ) from error
     return model
+
+
+def _usual_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def load_tokenizer(folder: Path | str) -> Any | None:

@@ -98,6 +98,10 @@ class MappedRecords:
         """See :class:`Residency`."""
         self._check_used(layer, range(len(self._pack.layers[layer])))
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether a record was used before, and so is probably in the page cache still."""
+        return (layer, expert) in self._checked
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Ask the kernel to read ahead; see :class:`Residency`."""
         for expert in experts:

@@ -7,15 +7,20 @@ import contextvars
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moepack_formats.errors import UsageError
 
 from .policies import Key, check_runnable
 
+if TYPE_CHECKING:
+    from .gpu.simulated_link import LinkSpec
+
 IO_MODES = ("auto", "direct", "buffered", "mmap")
 ENGINES = ("auto", "native", "reference")
 ACTIVATIONS = ("int8", "float")
+DEVICES = ("auto", "cpu", "cuda")
+HYBRID_MODES = ("off", "on", "auto")
 SCOPES = ("global", "layer")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -47,6 +52,15 @@ class RuntimeOptions:
             bits; see :func:`moepack_runtime.kernels.select`.
         threads: Threads of the native kernels; None for as many as torch has.
         tape: Whether decoding is recorded and played by the native library, where it can be.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        vram: Bytes of GPU memory for the trunk and the expert slots there; None for most of what
+            is free.
+        hybrid: Whether missing experts are computed on the CPU rather than copied: never, always,
+            or where that is estimated to be faster.
+        offload: What is moved to a GPU: ``experts`` as they are needed, or whole ``layers``, to
+            compare with.
+        keep: Whether experts stay in GPU memory after their use.
+        link: A simulated device; None for real ones.
     """
 
     ram: int | None = None
@@ -62,6 +76,12 @@ class RuntimeOptions:
     activations: str = "int8"
     threads: int | None = None
     tape: bool = True
+    device: str = "auto"
+    vram: int | None = None
+    hybrid: str = "auto"
+    offload: str = "experts"
+    keep: bool = True
+    link: LinkSpec | None = None
 
     def __post_init__(self) -> None:
         if self.io not in IO_MODES:
@@ -76,6 +96,9 @@ class RuntimeOptions:
         for name, value, known in (
             ("engine", self.engine, ENGINES),
             ("activations", self.activations, ACTIVATIONS),
+            ("device", self.device, DEVICES),
+            ("hybrid", self.hybrid, HYBRID_MODES),
+            ("offload", self.offload, ("experts", "layers")),
             ("scope", self.scope, SCOPES),
         ):
             if value not in known:
@@ -107,8 +130,9 @@ def options(**changes: Any) -> Iterator[RuntimeOptions]:
     unknown = sorted(set(changes) - known)
     if unknown:
         raise UsageError(f"no option {unknown[0]!r}", wanted=f"one of {', '.join(sorted(known))}")
-    if isinstance(changes.get("ram"), str):
-        changes["ram"] = parse_size(changes["ram"])
+    for name in ("ram", "vram"):
+        if isinstance(changes.get(name), str):
+            changes[name] = parse_size(changes[name])
     token = _current.set(replace(current_options(), **changes))
     try:
         yield current_options()

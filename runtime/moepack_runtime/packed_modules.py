@@ -86,7 +86,10 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
-        wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
+        if ids.numel() == 1:  # a GPU need not be waited for to know what is unique
+            wanted, place = (ids // TILE_ROWS).reshape(1), torch.zeros_like(ids)
+        else:
+            wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
         if self.packed is None:
             assert self._file is not None  # one of the two is there
             shape = len(wanted) * TILE_ROWS, self.embedding_dim

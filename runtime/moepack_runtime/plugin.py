@@ -26,10 +26,14 @@ from moepack_formats.pack import Pack
 from .cache_bias import CacheBias
 from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
+from .gpu.compute import DeviceCompute
+from .gpu.device_cache import DeviceCache
+from .gpu.speculator import DeviceSpeculator
+from .gpu.tier import DeviceTier, open_tier, resolve_device
 from .hub.cache import complete_snapshot
 from .kernels import select
 from .kernels.native_engine import NativeEngine
-from .options import current_options
+from .options import RuntimeOptions, current_options
 from .pack_config import MODEL_TYPE
 from .packed_modules import leave_embeddings, swap_modules
 from .policies import Key
@@ -55,7 +59,9 @@ class PackRuntime:
         bias: Nudges routing towards resident experts; None unless that was asked for.
         engine: Computes with packed weights.
         adapters: The experts modules, without their weights.
-        layers: What each of them computes with.
+        layers: What each of them computes with on the CPU.
+        device: Where the trunk computes.
+        tier: Experts on a GPU; None on the CPU.
         tape: Plays tokens; None where nothing is recorded.
         budget: What the process may take, and what it needs.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
@@ -71,24 +77,34 @@ class PackRuntime:
         self.pack, self.stats = pack, Statistics()
         self.tape: TapeForward | None = None
         self.left_in_file: list[str] = []
+        self.tier: DeviceTier | None = None
         options = current_options()
         self.adapters = adapters = find_experts(model)
         _check_layers(model, pack, adapters)
         _check_pins(pack, options.pins)
         for adapter in adapters:
             adapter.strip()
-        self.engine = select(options.engine, options.activations, options.threads)
+        self.device = resolve_device(options)
+        self.engine = select(
+            options.engine, options.activations, options.threads, device=self.device
+        )
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
-        budget = open_budget(pack, options)
-        if not budget.holds(trunk_nbytes(model, dtype)):
-            self.left_in_file = leave_embeddings(model, pack)
-        self.budget = budget.with_trunk(trunk_nbytes(model, dtype))
-        self.residency: Residency = open_residency(pack, options, self.budget, self.stats)
         self.layers: list[ExpertsCompute] = []
+        self.bias: CacheBias | None = None
+        self.budget = open_budget(pack, options)
+        if self.device.type == "cuda" or options.link is not None:
+            self._install_on_device(model, options, trunk_nbytes(model, dtype))
+            return
+        if not self.budget.holds(trunk_nbytes(model, dtype)):
+            self.left_in_file = leave_embeddings(model, pack)
+        self.budget = self.budget.with_trunk(trunk_nbytes(model, dtype))
+        self.residency: Residency = open_residency(pack, options, self.budget, self.stats)
         shared = adapters, self.residency, self.stats
         self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
-        self.speculator = Speculator(model, *shared, self.bias) if options.prefetch else None
+        self.speculator: Speculator | None = None
+        if options.prefetch:
+            self.speculator = Speculator(model, *shared, self.bias)
         for layer, adapter in enumerate(adapters):
             compute = ExpertsCompute(
                 layer,
@@ -105,12 +121,45 @@ class PackRuntime:
         if self.bias is not None:
             self.bias.install(model)
 
+    def _install_on_device(
+        self, model: PreTrainedModel, options: RuntimeOptions, nbytes: int
+    ) -> None:
+        """Experts in GPU memory; ``nbytes`` of it are the trunk's.
+
+        Raises:
+            UsageError: An option that is only for the CPU.
+        """
+        if options.cache_bias:
+            raise UsageError("routing is nudged on the CPU only", remedy="leave out --cache-bias")
+        tier = open_tier(self.pack, options, self.device, nbytes, self.adapters, self.stats)
+        self.tier, self.residency, self.speculator = tier, tier.residency, None
+        guesses = None
+        if options.prefetch and isinstance(tier.residency, DeviceCache):
+            shared = self.adapters, tier.residency, self.stats
+            guesses = DeviceSpeculator(model, *shared, clock=tier.link.clock)
+            self.speculator = guesses
+        for layer, adapter in enumerate(self.adapters):
+            compute = DeviceCompute(
+                layer,
+                adapter,
+                self.pack.layers[layer],
+                tier.residency,
+                guesses,
+                self.stats,
+                self.engine,
+                tier.link,
+                tier.helper,
+            )
+            adapter.install(compute)
+
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
         from .tape import install  # needs all of transformers
 
         # A bias decides anew for every token what a router gives out.
-        if isinstance(self.engine, NativeEngine) and current_options().tape and not self.bias:
+        if self.tier is not None or self.bias is not None or not current_options().tape:
+            return
+        if isinstance(self.engine, NativeEngine):
             self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
 
     def close(self) -> None:
@@ -147,7 +196,7 @@ class MoepackQuantizer(HfQuantizer):
     requires_calibration = True  # packs are made by `moepack convert`, never while loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what this version cannot do.
+        """Refuse device maps: where a pack runs is an option of its own.
 
         Raises:
             UsageError: A device map that names anything but the CPU.
@@ -156,7 +205,11 @@ class MoepackQuantizer(HfQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
             if place not in (None, "cpu", torch.device("cpu")):
-                raise UsageError("this version runs packs on the CPU", got=f"device_map {place!r}")
+                raise UsageError(
+                    "packs take no device map",
+                    got=f"device_map {place!r}",
+                    remedy='load the pack inside moepack.options(device="cuda")',
+                )
 
     def _process_model_before_weight_loading(
         self,
@@ -194,6 +247,11 @@ class MoepackQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
+        """The trunk goes to its device, and out of the mapped files."""
+        device: torch.device = cast(Any, model).moepack.device
+        if device.type != "cpu":
+            cast(Any, model).to(device)
+            return model
         copy_out_of_files(model)
         return model
 

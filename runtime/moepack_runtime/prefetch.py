@@ -100,6 +100,13 @@ class Speculator:
         if not self.routers.found:
             self.routers.look(layer, top_k_index)
             return
+        self._score(layer, needed)
+        indices = self._ask(layer, top_k_index)
+        if indices is not None:
+            self._guess(layer + 1, indices)
+
+    def _score(self, layer: int, needed: list[int]) -> None:
+        """Count how good the guess about a layer was."""
         guess = self._guesses.pop(layer, None)
         if guess is not None:
             counts = self._stats.layers.setdefault(layer, LayerGuesses())
@@ -107,15 +114,22 @@ class Speculator:
             counts.guessed += len(guess)
             counts.needed += len(needed)
             counts.right += len(guess.intersection(needed))
+
+    def _ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
+        """What the next layer's router picks, ``[T, K]``; None where nothing is guessed."""
+        indices, target = None, layer + 1
         if len(top_k_index) > MAX_TOKENS:
             self._trial.interrupted()
         else:
             if layer == 0:
                 self._start_token()
-            following = layer + 1
-            if self._trial.guessing and following < len(self._experts):
-                self._guess(layer, following)
+            known = target < len(self._experts) and not self._given_up(target)
+            if self._trial.guessing and known:
+                nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
+                with nudged:
+                    indices = self.routers.ask(layer, target)
         self.routers.forget(layer)
+        return indices
 
     def _start_token(self) -> None:
         before = self._trial.verdict
@@ -133,14 +147,8 @@ class Speculator:
             verdict.without * 1e3,
         )
 
-    def _guess(self, layer: int, target: int) -> None:
-        if self._given_up(target):
-            return
-        nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
-        with nudged:
-            indices = self.routers.ask(layer, target)
-        if indices is None:
-            return
+    def _guess(self, target: int, indices: Tensor) -> None:
+        """Start reading what the router of ``target`` picked."""
         # First choices first; some routers also pick places without an expert.
         choices = dict.fromkeys(indices.t().reshape(-1).tolist())
         ranked = [expert for expert in choices if expert < self._experts[target]]

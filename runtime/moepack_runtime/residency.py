@@ -45,6 +45,9 @@ class Residency(Protocol):
             ResourceError: A file was truncated meanwhile.
         """
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether a record can be had without waiting for a file."""
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading experts that will probably be needed soon, best guess first."""
 
@@ -82,7 +85,12 @@ def open_budget(pack: Pack, options: RuntimeOptions) -> Budget:
 
 
 def open_residency(
-    pack: Pack, options: RuntimeOptions, budget: Budget, stats: Statistics
+    pack: Pack,
+    options: RuntimeOptions,
+    budget: Budget,
+    stats: Statistics,
+    *,
+    pinned: bool = False,
 ) -> Residency:
     """Choose and open the residency for a pack.
 
@@ -91,6 +99,7 @@ def open_residency(
         options: I/O mode, policy, threads.
         budget: What may be taken.
         stats: Where hits, misses and bytes are counted.
+        pinned: Slots are going to be pinned, so they keep their memory whatever else takes some.
 
     Raises:
         ResourceError: The budget is below the smallest working set; the message says the need.
@@ -100,4 +109,4 @@ def open_residency(
     fits = options.slots is None and budget.for_slots >= budget.everything
     if options.io == "mmap" or (options.io == "auto" and fits):
         return MappedRecords(pack, stats, limit)
-    return SlotCache(pack, budget.for_slots, options, stats, limit)
+    return SlotCache(pack, budget.for_slots, options, stats, None if pinned else limit)

@@ -272,6 +272,15 @@ class SlotCache:
     def check_used(self, layer: int) -> None:
         """Nothing: addresses are never given; see :class:`Residency`."""
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """See :class:`Residency`."""
+        entry = self._entries.get((layer, expert))
+        return entry is not None and entry.reading.done
+
+    def memory(self) -> list[Tensor]:
+        """The slots' memory, for pinning it."""
+        return [size.arena.tensor(0, size.arena.slots) for size in self._classes.values()]
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
         for expert in experts:

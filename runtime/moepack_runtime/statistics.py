@@ -35,6 +35,8 @@ class Statistics:
         bytes_read: Bytes of records read from files, guesses included.
         speculative_reads: Records read on a guess.
         speculative_used: Of these, records that were then demanded.
+        bytes_copied: Bytes of records copied to a GPU, guesses included.
+        computed_on_cpu: Demanded experts that the CPU computed for the GPU.
         prefetch_stops: How often guessing turned itself off because tokens were slower with it.
         unguessed_tokens: Decoded tokens for which nothing was guessed, for that reason or to
             measure it.
@@ -48,6 +50,8 @@ class Statistics:
     bytes_read: int = 0
     speculative_reads: int = 0
     speculative_used: int = 0
+    bytes_copied: int = 0
+    computed_on_cpu: int = 0
     prefetch_stops: int = 0
     unguessed_tokens: int = 0
     nudged: int = 0

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import moepack
 from moepack import cli
@@ -139,9 +140,34 @@ def test_wrong_values(command: Command, arguments: list[object], words: str) -> 
     assert words in command(*arguments).error(2)
 
 
-def test_cuda_is_refused_before_anything_is_loaded(command: Command, pack: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_where_there_is_none(command: Command, pack: Path) -> None:
     result = command("generate", pack, "--prompt", "x", "--device", "cuda")
-    assert "this version computes on the CPU" in result.error(2)
+    assert "there is no CUDA device" in result.error(2)
+
+
+def test_an_ablation_over_a_simulated_link(command: Command, pack: Path) -> None:
+    arguments = ["bench", pack, "--ablation", "--max-new-tokens", 3, "--prompt-tokens", 2,
+                 "--hybrid", "off", "--simulate-link", "1GB"]  # fmt: skip
+    assert "nothing to compare" in command(*arguments, "--vram", "1GB").error(2)
+    need = command(*arguments, "--vram", 1000).error(5).split("--vram ")[1].split()[0]
+    result = json.loads(command(*arguments, "--vram", int(need) + 50_000, "--json").out)
+    assert result["same_tokens"]
+    full, guessless, cacheless, naive = result["ablation"]
+    assert full["recall"] is not None
+    assert guessless["recall"] is None
+    assert cacheless["hit_ratio"] == naive["hit_ratio"] == 0
+    assert naive["bytes_per_token"] > cacheless["bytes_per_token"] > full["bytes_per_token"]
+    assert full["tokens_per_s"] > naive["tokens_per_s"]
+    table = command(*arguments, "--vram", int(need) + 50_000).out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "full", "without prefetch", "without cache and prefetch", "naive"
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_ablation_without_a_gpu_says_what_to_do(command: Command, pack: Path) -> None:
+    assert "--simulate-link" in command("bench", pack, "--ablation").error(2)
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_two_models_from_one_pack(pack: Path, ids: torch.Tensor) -> None:
 def test_device_maps(pack: Path, place: Any) -> None:
     with pytest.raises((UsageError, ValueError)) as error:
         AutoModelForCausalLM.from_pretrained(pack, device_map=place)
-    assert "CPU" in str(error.value) or "accelerate" in str(error.value)
+    assert "device map" in str(error.value) or "accelerate" in str(error.value)
 
 
 def test_validate_environment_says_what_is_wrong() -> None:
@@ -201,7 +201,7 @@ def test_validate_environment_says_what_is_wrong() -> None:
 
     quantizer = MoepackQuantizer(MoepackConfig())
     for place in ("cuda", {"": torch.device("cuda", 0)}, {"a": "cpu", "b": 0}):
-        with pytest.raises(UsageError, match="this version runs packs on the CPU"):
+        with pytest.raises(UsageError, match="packs take no device map"):
             quantizer.validate_environment(device_map=place)
     for place in (None, "cpu", {"": "cpu"}, {"": torch.device("cpu")}):
         quantizer.validate_environment(device_map=place)

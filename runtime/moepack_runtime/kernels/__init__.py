@@ -1,7 +1,7 @@
 """Computing with packed weights.
 
 An engine multiplies with packed matrices and runs experts. ``reference`` is plain torch and defines
-the results; ``native`` is the library in ``csrc``.
+the results; ``native`` is the library in ``csrc``; ``triton_gpu`` computes on GPUs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ class Engine(Protocol):
         """Whole experts in one call, where this engine has that for the module's activation."""
 
 
-def select(engine: str = "auto", activations: str = "int8", threads: int | None = None) -> Engine:
+def select(
+    engine: str = "auto",
+    activations: str = "int8",
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Engine:
     """Choose what computes.
 
     Args:
@@ -108,6 +113,7 @@ def select(engine: str = "auto", activations: str = "int8", threads: int | None 
         threads: Threads of the native kernels; None for as many as torch has. They are not
             torch's: with torch itself at one thread, which is enough between the matrices of a
             token, nothing competes with them.
+        device: Where to compute.
 
     Raises:
         UsageError: No such engine, or the native library was asked for and is not there.
@@ -121,7 +127,11 @@ def select(engine: str = "auto", activations: str = "int8", threads: int | None 
     if engine not in ENGINES:
         raise UsageError("unknown engine", wanted=" or ".join(ENGINES), got=engine)
     chosen: Engine
-    if engine == "reference" or (engine == "auto" and native.available() is None):
+    if torch.device(device).type == "cuda":
+        from .triton_gpu import open_engine
+
+        chosen = open_engine(engine, torch.device(device))
+    elif engine == "reference" or (engine == "auto" and native.available() is None):
         chosen = ReferenceEngine()
         if engine == "auto":
             _warn_once(native.why_not())

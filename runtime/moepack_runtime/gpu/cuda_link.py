@@ -1,0 +1,105 @@
+"""A CUDA device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .link import Event
+
+
+@dataclass(frozen=True)
+class _CudaEvent:
+    end: torch.cuda.Event
+    start: torch.cuda.Event | None = None
+
+
+class CudaLink:
+    """Two streams of a GPU, see :class:`moepack_runtime.gpu.link.Link`.
+
+    The compute stream is whatever stream is current where computation is queued.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.waits = device, 0
+        self._copies = torch.cuda.Stream(device)
+
+    def copy(self, source: Tensor, target: Tensor) -> Event:
+        """See :class:`Link`."""
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._copies):
+            start.record(self._copies)
+            # Asynchronous from pinned memory; otherwise the driver stages it, and the call waits.
+            target.copy_(source, non_blocking=True)
+            end.record(self._copies)
+        return _CudaEvent(end, start)
+
+    def compute_after(self, event: Event) -> None:
+        """See :class:`Link`."""
+        torch.cuda.current_stream(self.device).wait_event(cast(_CudaEvent, event).end)
+
+    def copy_after(self, event: Event) -> None:
+        """See :class:`Link`."""
+        self._copies.wait_event(cast(_CudaEvent, event).end)
+
+    def computed(self) -> Event:
+        """See :class:`Link`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return _CudaEvent(event)
+
+    def reads(self, records: list[Tensor]) -> None:
+        """Nothing: the stream's order does it."""
+
+    def done(self, event: Event) -> bool:
+        """See :class:`Link`."""
+        return bool(cast(_CudaEvent, event).end.query())
+
+    def wait(self, event: Event) -> None:
+        """See :class:`Link`."""
+        if not self.done(event):
+            self.waits += 1
+            cast(_CudaEvent, event).end.synchronize()
+
+    def seconds(self, event: Event) -> float | None:
+        """See :class:`Link`."""
+        marks = cast(_CudaEvent, event)
+        if marks.start is None or not marks.end.query():
+            return None
+        return float(marks.start.elapsed_time(marks.end)) / 1000
+
+    def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
+        """See :class:`Link`."""
+        out = []
+        for tensor in tensors:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            out.append(pinned.copy_(tensor, non_blocking=True))
+        event = self.computed()
+        self.waits += 1
+        cast(_CudaEvent, event).end.synchronize()
+        return out
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """See :class:`Link`."""
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        # torch's allocator gives pinned memory out again only after what uses it.
+        return pinned.copy_(tensor).to(self.device, non_blocking=True)
+
+    def host_worked(self, nbytes: int) -> None:
+        """Nothing: the clock has seen it."""
+
+    def clock(self) -> float:
+        """Wall time."""
+        return time.perf_counter()
+
+    def finish(self) -> None:
+        """See :class:`Link`."""
+        torch.cuda.synchronize(self.device)

@@ -1,0 +1,39 @@
+"""Guessing for a GPU: guesses for the next layer reach the host with this layer's indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..prefetch import Speculator
+
+
+class DeviceSpeculator(Speculator):
+    """A :class:`Speculator` that leaves the transfer of indices to its caller."""
+
+    def ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
+        """What the router of the next layer picks, on the device.
+
+        Args:
+            layer: Ordinal of the MoE layer that is about to compute.
+            top_k_index: ``[T, K]``.
+
+        Returns:
+            ``[T, K]`` indices, or None where nothing is guessed.
+        """
+        if not self.routers.found:
+            self.routers.look(layer, top_k_index)
+            return None
+        return self._ask(layer, top_k_index)
+
+    def told(self, layer: int, needed: list[int], guess: torch.Tensor | None) -> None:
+        """The indices are on the host: score the guess about this layer, use that about the next.
+
+        Args:
+            layer: The layer that is about to compute.
+            needed: Its experts.
+            guess: What :meth:`ask` gave, in host memory.
+        """
+        self._score(layer, needed)
+        if guess is not None:
+            self._guess(layer + 1, guess)

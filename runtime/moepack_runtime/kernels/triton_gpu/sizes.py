@@ -1,0 +1,104 @@
+"""How much of a matrix one program takes: functions of shapes alone, so that results are, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moepack_formats.schemes import BLOCK_COLS, SCHEMES, TILE_ROWS
+
+from .layout import cell_width
+
+VECTOR_TILES = 2
+"""Tiles of a program of a matrix-vector kernel."""
+
+VECTOR_WARPS = 4
+COMBINE_SIZE = 128
+
+_WANTED_PROGRAMS = 512
+_MAX_SPLITS = 8
+_MIN_SPLIT_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the inputs of a product are shared out.
+
+    Attributes:
+        count: Programs that share a row's inputs.
+        blocks: Blocks of 64 inputs that each takes.
+    """
+
+    count: int
+    blocks: int
+
+
+def split_inputs(rows: int, cols: int) -> Split:
+    """Enough programs to fill a GPU, each with a run of inputs that is worth starting."""
+    blocks = -(-cols // BLOCK_COLS)
+    programs = -(-rows // (VECTOR_TILES * TILE_ROWS))
+    count = 1
+    while (
+        2 * count <= _MAX_SPLITS
+        and count * programs < _WANTED_PROGRAMS
+        and blocks >= 2 * count * _MIN_SPLIT_BLOCKS
+    ):
+        count *= 2
+    each = -(-blocks // count)
+    return Split(-(-blocks // each), each)
+
+
+def vector_cells(scheme: str) -> int:
+    """Cells that a matrix-vector program reads at a time: 32 fill its four warps."""
+    return max(32, BLOCK_COLS // cell_width(scheme))
+
+
+def chunk_cells(scheme: str) -> int:
+    """Cells of a chunk of inputs in matrix products: what one tensor-core product sums over."""
+    return {32: 16, 16: 16, 8: 32, 4: 32, 2: 32, 1: 64}[cell_width(scheme)]
+
+
+def chunk_inputs(scheme: str) -> int:
+    """Inputs of a chunk."""
+    return chunk_cells(scheme) * cell_width(scheme)
+
+
+def rows_tile(rows: float) -> int:
+    """Rows of a program where there are about so many of an expert; tensor cores take 16."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
+def columns_tile() -> int:
+    """Columns of a program of a matrix product."""
+    return 64
+
+
+def arrange(x: torch.Tensor, scheme: str) -> torch.Tensor:
+    """Lay inputs out for the products of a scheme.
+
+    Args:
+        x: ``[P, cols]``.
+        scheme: Of the matrix that they will meet.
+
+    Returns:
+        ``[P, padded]``, in each chunk the first inputs of all cells, then the second ones, ...;
+        zeros beyond ``cols``.
+    """
+    cells, width = chunk_cells(scheme), cell_width(scheme)
+    rows, cols = x.shape
+    padded = arranged_width(cols, scheme)
+    if padded != cols:
+        x = torch.nn.functional.pad(x, (0, padded - cols))
+    return x.view(rows, -1, cells, width).transpose(2, 3).reshape(rows, padded)
+
+
+def arranged_width(cols: int, scheme: str) -> int:
+    """Columns after :func:`arrange`."""
+    chunk = chunk_inputs(scheme)
+    return -(-cols // chunk) * chunk
+
+
+def tile_nbytes(scheme: str, cols: int) -> int:
+    """Bytes of a tile."""
+    return SCHEMES[scheme].tile_nbytes(cols)

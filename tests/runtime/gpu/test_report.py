@@ -1,0 +1,79 @@
+"""What ``make bench-gpu`` runs, over a simulated link and in small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepack_runtime.gpu.simulated_link import LinkSpec, SimulatedLink
+from moepack_runtime.kernels.reference import ReferenceEngine
+from tests.bench.gpu import kernels, offloading, report
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+
+
+def run(tokens: int = 12) -> offloading.Run:
+    load = offloading.Workload(kernels.Shape(64, 64, 2), "q4g64", 3, 8, tokens, attention=False)
+    spec = LinkSpec(bandwidth=1e9, latency=0.0, memory_bandwidth=1e11, layer_seconds=10e-6)
+    return offloading.Run(load, ReferenceEngine(), SimulatedLink(spec))
+
+
+def test_every_setting_computes_the_same_and_waits_once_a_layer() -> None:
+    it = run()
+    rows = [
+        it.measure("full", share=0.25, prefetch=True),
+        it.measure("without prefetch", share=0.25, prefetch=False),
+        it.measure("without cache", share=0.25, prefetch=False, keep=False),
+        it.measure("naive", share=0.0, prefetch=False),
+        it.measure("resident", share=1.0, prefetch=False),
+    ]
+    assert len({row.checksum for row in rows}) == 1
+    assert all(row.waits_per_layer == 1 for row in rows)
+    full, guessless, cacheless, naive, resident = rows
+    assert full.recall == pytest.approx(offloading.RECALL, abs=0.15)
+    assert naive.bytes_copied > cacheless.bytes_copied > guessless.bytes_copied > 0
+    assert resident.bytes_copied == 0
+    assert full.tokens_per_s > guessless.tokens_per_s > naive.tokens_per_s
+
+
+def test_prefetch_where_copies_take_as_long_as_computing() -> None:
+    assert report.simulated_prefetch() >= 1.3
+
+
+def test_experts_alone_fill_the_link() -> None:
+    assert offloading.expert_copy_rate(run()) >= 0.99e9
+
+
+def test_random_bytes_are_finite() -> None:
+    data = kernels.finite_bytes(1 << 16, CPU)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert data.view(dtype).isfinite().all()
+
+
+def test_kernels_of_the_report_run() -> None:
+    """With the interpreter in place of a GPU; times mean nothing."""
+    pytest.importorskip("triton")
+    from tests.runtime.kernels.triton_gpu import interpreter
+
+    interpreter.install()
+    assert kernels.parity("q4g64", torch.float16, CPU, 64).one_token < 1e-2
+    shape = kernels.Shape(64, 32, 1)
+    assert kernels.expert_speed("q8g64", shape, CPU, 1).bytes_per_s > 0
+    assert kernels.linear_speed("bf16", 32, 64, CPU, 1).bytes_per_s > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments", [["-m", "tests.bench.gpu.report"], ["tests/bench/gpu/need.py"]]
+)
+def test_without_a_gpu_there_is_one_clear_line(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA device" in done.stderr
+    assert not (ROOT / "docs" / "gpu").exists()

@@ -159,6 +159,7 @@ class ExpertsCompute:
         if self._native is None or not self._native.demanded:
             return
         self._stats.hits += self._native.demanded
+        self._stats.tokens += self._layer == 0
         self._native.demanded = 0
         self._residency.check_used(self._layer)
         if self._layer == 0:

@@ -147,10 +147,10 @@ class Simulator:
         for t, token in enumerate(self._choices):
             for layer, chosen in enumerate(token):
                 cache.observe(layer, list(chosen), list(chosen.values()))
+                cache.demand(keys[t][layer])
                 if setting.prefetch and self._guesses is not None and layer + 1 < len(token):
                     guess = self._guesses[t][layer + 1]
                     cache.prefetch([(layer + 1, expert) for expert in guess if expert >= 0])
-                cache.demand(keys[t][layer])
         return Outcome(setting, len(keys), cache.hits, cache.misses, cache.bytes_read)
 
 

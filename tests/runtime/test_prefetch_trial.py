@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepack_formats import osio
 from moepack_runtime.early_routers import EarlyRouters
 from moepack_runtime.loading import load_pack
 from moepack_runtime.prefetch_trial import FIRST_HOLD, TRIAL, WARM_UP, PrefetchTrial
@@ -129,15 +130,13 @@ class SlowStore:
     """Makes a loaded pack read, and compute, as slowly as said."""
 
     def __init__(self, model: Any, patch: pytest.MonkeyPatch, read_s: float, compute_s: float):
-        from moepack_runtime import slot_cache
+        real = osio.read_at
 
-        real = slot_cache.osio.read_at
-
-        def read_at(*arguments: Any) -> None:
+        def read_at(*arguments: Any, **keywords: Any) -> None:
             time.sleep(read_s)
-            real(*arguments)
+            real(*arguments, **keywords)
 
-        patch.setattr(slot_cache.osio, "read_at", read_at)
+        patch.setattr(osio, "read_at", read_at)
         for layer in model.model.layers:
             layer.self_attn.register_forward_hook(lambda *_: time.sleep(compute_s))
 
@@ -166,10 +165,7 @@ def guess_by(
 
 def load(pack: Path) -> Any:
     """A pack of which half fits in memory, with one thread that reads."""
-    from tests.runtime.test_options import needed, record_nbytes
-
-    ram = needed(pack) + 11 * record_nbytes(pack)
-    return load_pack(pack, io="buffered", ram=ram, io_threads=1, policy="lru")
+    return load_pack(pack, io="buffered", slots=12, io_threads=1, policy="lru")
 
 
 def test_wrong_guesses_turn_themselves_off(

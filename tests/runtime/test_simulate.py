@@ -73,12 +73,13 @@ def test_it_agrees_with_the_real_cache(tiny: Path, slots: int, options: dict[str
 def test_it_agrees_with_the_real_cache_that_guesses(
     tiny: Path, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every token is guessed for, as in the simulator.
+    # Every token is guessed for, as in the simulator. Which wrong guesses are given up before they
+    # are read is a matter of time there, hence three points.
     monkeypatch.setattr("moepack_runtime.prefetch_trial.WARM_UP", 10**6)
     trace, stats = run_real(tiny, slots, prefetch=True, policy=policy)
     nbytes = trace.info.record_nbytes[0][0]
     outcome = Simulator(trace).run(Setting(policy, {nbytes: slots}, prefetch=True))
-    assert outcome.hit_ratio == pytest.approx(stats.hit_ratio, abs=0.01)
+    assert outcome.hit_ratio == pytest.approx(stats.hit_ratio, abs=0.03)
     assert outcome.bytes_per_token == pytest.approx(stats.bytes_per_token, rel=0.1)
     # Guesses change a lot: in a cache this small they cost more than they bring.
     without = Simulator(trace).run(Setting(policy, {nbytes: slots}))
@@ -118,7 +119,7 @@ def test_the_books_are_those_of_the_cache(
             else:
                 cache.prefetch(layer, experts)
                 for entry in list(cache._entries.values()):
-                    entry.reading.result()
+                    cache._io.wait([entry.reading])
                 simulated.prefetch(keys)
             assert set(cache._entries) == simulated._resident
         assert (simulated.hits, simulated.misses) == (stats.hits, stats.misses)

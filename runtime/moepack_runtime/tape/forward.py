@@ -64,11 +64,14 @@ class TapeForward:
         self._player: Player | None = None
         self._output: type[Any] | None = None
         self._why_not: str | None = None
+        self._passed_by = False  # a token came with a cache of a kind that is not played
 
     def describe(self) -> str:
         """How tokens are decoded, for a person."""
         if self._why_not is not None:
             return f"decoding by transformers' own code: {self._why_not}"
+        if self._player is None and self._passed_by:
+            return "decoding by transformers' own code: its cache holds more than keys and values"
         if self._player is None:
             return "decoding not recorded yet"
         return f"decoding recorded, {self._player.native_share:.0%} native"
@@ -91,6 +94,7 @@ class TapeForward:
                     with self._engine.float_activations(), self._stats.uncounted():
                         self._record(token, layers)
                 except CannotRecord as reason:
+                    _rewind(layers, position)
                     self._give_up(str(reason))
                     return self._forward(self._model(), *args, **kwargs)
             assert self._player is not None
@@ -124,6 +128,7 @@ class TapeForward:
             return None
         layers = take_over(kwargs.get("past_key_values"))
         if layers is None:
+            self._passed_by = kwargs.get("past_key_values") is not None
             return None
         length = layers[0].get_seq_length()
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")

@@ -111,6 +111,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0])
+            self._keys = self._values = None
         length = self.get_seq_length()
         self._own().write(length, key_states, value_states)
         self._keys = self._values = None

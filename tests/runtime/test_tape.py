@@ -1,0 +1,180 @@
+"""Decoding that is recorded once gives what transformers' own code gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moepack_runtime.loading import load_pack
+from moepack_runtime.tape.kv import GrowingLayer
+from moepack_runtime.tape.steps import UNARY, Op, elementwise, loops
+from tests import families
+from tests.packs import make_pack
+
+# What their caches hold besides keys and values, or what their attention reads, is not recorded.
+NOT_PLAYED = {
+    "afmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "jamba", "lfm2_moe", "llama4_text",
+    "longcat_flash", "nemotron_h", "qwen3_next",
+}  # fmt: skip
+
+IDS = families.tokens(batch=1, length=14)
+
+
+def convert(family: str, folder: Path) -> Path:
+    model = families.random_model(family)
+    families.save_checkpoint(model, folder / "source")
+    make_pack(folder / "source", folder / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    return folder / "pack"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert("olmoe", tmp_path_factory.mktemp("olmoe"))
+
+
+def decode(model: PreTrainedModel, ids: torch.Tensor, start: int = 4) -> list[torch.Tensor]:
+    """Logits of every token after the first ``start``, one token at a time."""
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :start], use_cache=True).past_key_values
+        found = []
+        for i in range(start, ids.shape[1]):
+            output = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    return found
+
+
+def assert_same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family(family: str, tmp_path: Path) -> None:
+    folder = convert(family, tmp_path)
+    wanted = decode(load_pack(folder, activations="float", tape=False), IDS)
+    model = load_pack(folder, activations="float")
+    assert_same(decode(model, IDS), wanted)
+    assert model.moepack.tape.playing == (family not in NOT_PLAYED)
+    if family in NOT_PLAYED:
+        assert "transformers' own code" in model.moepack.tape.describe()
+
+
+@pytest.mark.parametrize("options", [{"io": "mmap"}, {"io": "buffered", "slots": 4}])
+def test_generate_gives_the_same_tokens(pack: Path, options: dict[str, Any]) -> None:
+    keywords = {"max_new_tokens": 20, "do_sample": False, "min_new_tokens": 20}
+    ids = IDS[:, :5]
+    wanted = load_pack(pack, tape=False, **options).generate(ids, **keywords)
+    model = load_pack(pack, **options)
+    assert torch.equal(model.generate(ids, **keywords), wanted)
+    assert model.moepack.tape.playing
+    # A second text begins with a cache of its own.
+    assert torch.equal(model.generate(ids, **keywords), wanted)
+
+
+def test_a_cache_goes_back_and_forth(pack: Path) -> None:
+    """Played tokens, then several at once by transformers, then played ones again."""
+    plain, model = load_pack(pack, activations="float", tape=False), None
+    results = []
+    for model in (plain, load_pack(pack, activations="float")):
+        with torch.no_grad():
+            output = model(input_ids=IDS[:, :3], use_cache=True)
+            for begin, end in ((3, 4), (4, 5), (5, 9), (9, 10)):
+                output = model(
+                    input_ids=IDS[:, begin:end],
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+            cache = output.past_key_values
+            cache.crop(-2)
+            output = model(input_ids=IDS[:, 10:11], past_key_values=cache, use_cache=True)
+        results.append(output.logits)
+        assert output.past_key_values.get_seq_length() == 9
+    assert model is not None
+    assert model.moepack.tape.playing
+    assert_same(results[1:], results[:1])
+
+
+def test_what_is_not_one_token_is_left_alone(pack: Path) -> None:
+    model = load_pack(pack)
+    with torch.no_grad():
+        two = families.tokens(batch=2, length=3)
+        cache = model(input_ids=two, use_cache=True).past_key_values
+        model(input_ids=two[:, :1], past_key_values=cache, use_cache=True)
+        cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+        mask = torch.tensor([[0, 1, 1, 1, 1]])
+        model(input_ids=IDS[:, 4:5], past_key_values=cache, attention_mask=mask, use_cache=True)
+    assert not model.moepack.tape.playing
+
+
+def test_counters_count_what_is_played_and_not_what_is_recorded(pack: Path) -> None:
+    model = load_pack(pack, io="mmap")
+    stats = model.moepack.stats
+    decode(model, IDS)
+    assert model.moepack.tape.playing
+    assert stats.tokens == IDS.shape[1]
+    config = model.config
+    demands = config.num_hidden_layers * config.num_experts_per_tok * (IDS.shape[1] - 4)
+    assert stats.hits + stats.misses >= demands
+
+
+def test_beam_search_takes_the_cache_apart(pack: Path) -> None:
+    keywords = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    wanted = load_pack(pack, activations="float", tape=False).generate(IDS[:, :5], **keywords)
+    model = load_pack(pack, activations="float")
+    decode(model, IDS)
+    assert torch.equal(model.generate(IDS[:, :5], **keywords), wanted)
+
+
+def test_a_growing_layer_is_a_dynamic_one() -> None:
+    layer, parts = GrowingLayer(), torch.randn(2, 700, 1, 2, 1, 4)
+    for i in range(700):
+        keys, values = layer.update(parts[0, i], parts[1, i])
+    assert torch.equal(keys, parts[0, :, 0].permute(2, 1, 0, 3))
+    assert torch.equal(values, parts[1, :, 0].permute(2, 1, 0, 3))
+    layer.crop(-600)
+    assert layer.get_seq_length() == 100
+    assert torch.equal(layer.update(parts[0, 0], parts[1, 0])[0][0, :, 100:], parts[0, 0, 0])
+    layer.reset()
+    assert layer.get_seq_length() == 0
+
+
+def test_loops_merge_axes_that_lie_in_a_row() -> None:
+    assert loops((2, 3, 4), [(12, 4, 1)]) == ([1, 1, 1, 24], [[0, 0, 0, 1]])
+    assert loops((2, 3, 4), [(12, 4, 1), (0, 4, 1)]) == (
+        [1, 1, 2, 12],
+        [[0, 0, 12, 1], [0, 0, 0, 1]],
+    )
+    assert loops((2, 2, 2, 2, 2), [(1, 2, 4, 8, 16)]) is None
+
+
+@pytest.mark.parametrize("kind", UNARY)
+@pytest.mark.parametrize("size", [1, 17, 64])
+def test_elementwise_steps(kind: str, size: int) -> None:
+    from moepack_runtime.kernels import native
+    from moepack_runtime.tape.steps import NativeStep
+
+    if native.available() is None:
+        pytest.skip("needs the native library")
+    x = torch.rand(size) * 3 + 0.1
+    x = x if kind in ("sqrt", "rsqrt", "log") else torch.cat([x, -x])
+    out = torch.empty_like(x)
+    step = elementwise(Op.UNARY, UNARY.index(kind), out, x)
+    assert step is not None
+    step.scalar[:] = (-1.0, 2.0)
+    assert native.play((NativeStep * 1)(step), 0, 1, True, 1) == 1
+    wanted = {
+        "copy": lambda: x,
+        "square": lambda: x * x,
+        "gelu": lambda: torch.nn.functional.gelu(x),
+        "gelu_tanh": lambda: torch.nn.functional.gelu(x, approximate="tanh"),
+        "silu": lambda: torch.nn.functional.silu(x),
+        "softplus": lambda: torch.nn.functional.softplus(x),
+        "clamp": lambda: x.clamp(-1, 2),
+        "fill": lambda: torch.full_like(x, -1.0),
+    }.get(kind, lambda: getattr(torch, kind)(x))()
+    torch.testing.assert_close(out, wanted, atol=1e-6, rtol=2e-6)

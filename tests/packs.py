@@ -36,8 +36,9 @@ class Silent:
 
 
 def make_pack(source: Path, out: Path, *, force: bool = False, **options: Any) -> Manifest:
-    """Convert a checkpoint folder; embeddings and head stay 16-bit unless options say otherwise."""
-    options.setdefault("head_bits", 16)
+    """Convert a checkpoint folder; with 16-bit attention, all of the trunk stays 16-bit."""
+    if options.get("attn_bits") == 16:
+        options.setdefault("head_bits", 16)
     checkpoint = open_checkpoint(str(source))
     try:
         plan = make_plan(checkpoint, ConvertOptions(**options))

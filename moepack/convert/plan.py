@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .mapping import Target, WeightMapping
 from .meta_model import build_meta_model
 from .options import RAW_SCHEMES, ConvertOptions, scheme_of_bits
-from .trunk_policy import KeptLinear, TrunkPolicy, trunk_policy
+from .trunk_policy import KeptLinear, TrunkPolicy, trunk_policy, weight_reader
 
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -189,7 +189,8 @@ def _head_entries(
     if options.head_bits == 16:
         return {}
     scheme = DEFAULT_SCHEME[options.head_bits]
-    names = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     entries: dict[str, PackedEntry] = {}
     for module, wanted, kind in (
@@ -202,6 +203,10 @@ def _head_entries(
             kept.append(
                 KeptLinear(names[module], f"a {type(module).__name__}, not a {wanted.__name__}")
             )
+            continue
+        where = weight_reader(modules, names[module])
+        if where is not None:
+            kept.append(KeptLinear(names[module], f"its weight is read directly ({where})"))
             continue
         rows, cols = module.weight.shape
         entries[names[module]] = PackedEntry(kind, scheme, (rows, cols))

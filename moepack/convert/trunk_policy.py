@@ -101,7 +101,7 @@ def trunk_policy(
             reason = "its weight is shared with another layer"
         elif _stays_float32(model, name):
             reason = "the model keeps it in float32"
-        elif (where := _weight_reader(modules, name)) is not None:
+        elif (where := weight_reader(modules, name)) is not None:
             reason = f"its weight is read directly ({where})"
         elif scheme.is_raw or scheme.packed_nbytes(rows, cols) >= rows * cols * 2:
             reason = f"{rows} x {cols} would not be smaller in {scheme.name}"
@@ -158,7 +158,7 @@ def _stays_float32(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, f"{name}.weight") for pattern in patterns)
 
 
-def _weight_reader(modules: dict[str, nn.Module], name: str) -> str | None:
+def weight_reader(modules: dict[str, nn.Module], name: str) -> str | None:
     """Where the owner's modeling code reads the layer's weight or bias; None if nowhere."""
     owner, _, attribute = name.rpartition(".")
     while isinstance(modules[owner], _CONTAINERS):

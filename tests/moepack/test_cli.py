@@ -329,7 +329,9 @@ def test_bench(command: Command, pack: Path) -> None:
         "decode",
         "prefill",
         "cache",
+        "packed",
         "memory",
+        "engine",
     ]
 
 

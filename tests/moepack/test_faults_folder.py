@@ -165,7 +165,7 @@ def test_resuming_with_other_options(
         patch.setattr(osio, "write_at", Failing(osio.write_at, 30, errno.ENOSPC))
         convert(command, checkpoint, out).error(5)
     before = hashes(out)
-    for other in (["--expert-bits", 2], ["--attn-bits", 8], ["--head-bits", 8]):
+    for other in (["--expert-bits", 2], ["--attn-bits", 8], ["--head-bits", 16]):
         line = convert(command, checkpoint, out, *other).error(2)
         assert "an unfinished conversion with another source or other options is here" in line
         assert line.endswith("the same command again to resume it, or --force to start over")

@@ -146,12 +146,13 @@ def test_pipeline(pack: Path, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
 def test_other_dtypes(pack: Path, ids: torch.Tensor, dtype: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pack, dtype=dtype)
+    with moepack.options(activations="float"):  # whose rounding would be most of the difference
+        model = AutoModelForCausalLM.from_pretrained(pack, dtype=dtype)
     wanted = torch.float32 if dtype == "auto" else dtype
     assert model.dtype == wanted
     assert model(ids).logits.dtype == wanted
     assert model.generate(ids, **GREEDY).shape == (1, ids.shape[1] + 6)
-    exact = families.logits(load_pack(pack), ids)
+    exact = families.logits(load_pack(pack, activations="float"), ids)
     error = (families.logits(model, ids) - exact).square().mean().sqrt() / exact.std()
     assert error < (1e-6 if dtype == "auto" else 0.1)
 
@@ -259,7 +260,7 @@ def test_a_tied_model_made_untied(tmp_path: Path) -> None:
 
     model = families.random_model("mixtral", tie_word_embeddings=True)
     families.save_checkpoint(model, tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", quantizer="rtn")
+    make_pack(tmp_path / "source", tmp_path / "pack", quantizer="rtn", head_bits=16)
     edit_json(tmp_path / "pack" / "config.json", tie_word_embeddings=False)
     with pytest.raises(FormatError, match=r"lm_head\.weight: the trunk lacks a tensor"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pack")

@@ -39,6 +39,7 @@ def test_gptq(command: Command, tmp_path: Path) -> None:
         for name in ("gptq", "plain"):
             out = tmp_path / f"{name}-{bits}"
             words = ["--attn-bits", min(bits + 1, 16), "--expert-bits", bits, "--quantizer", "rtn"]
+            words += ["--head-bits", 16]
             result = command("convert", tmp_path / name / "model", out, *words)
             assert result.code == 0, result
         packs = [hashes(tmp_path / f"{name}-{bits}") for name in ("gptq", "plain")]

@@ -208,6 +208,8 @@ class ExpertsCompute:
             weights = weights[places]
         of_expert = dict(zip(chosen, weights.tolist(), strict=True))
         self._announce(top_k_index, top_k_weights, needed, list(of_expert.values()))
+        if not chosen:  # nothing but places without an expert
+            return torch.zeros_like(hidden)
         outputs = whole = None
         if self._table is not None:
             for expert in needed:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from moepack_formats.errors import UsageError
@@ -24,7 +23,7 @@ from .checkpoint import Checkpoint
 from .mapping import Target, WeightMapping
 from .meta_model import build_meta_model
 from .options import RAW_SCHEMES, ConvertOptions, scheme_of_bits
-from .trunk_policy import KeptLinear, TrunkPolicy, trunk_policy, weight_reader
+from .trunk_policy import KeptLinear, TrunkPolicy, head_policy, trunk_policy
 
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -139,7 +138,11 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     policy = trunk_policy(model, mapping.adapters, scheme)
     packed = {} if scheme.is_raw else _packed_entries(policy, scheme)
     kept = [] if scheme.is_raw else [*policy.kept]
-    packed |= _head_entries(model, mapping, options, kept)
+    if options.head_bits < 16:
+        tied = _has_tied_head(model, mapping)
+        heads, kept_heads = head_policy(model, DEFAULT_SCHEME[options.head_bits], tied=tied)
+        packed |= heads
+        kept += kept_heads
     trunk = tuple(_trunk_tensor(target, packed) for target in mapping.trunk_targets())
     trunk_nbytes = sum(tensor.stored.nbytes for tensor in trunk)
     layers = _plan_layers(mapping.adapters, options, model.dtype, trunk_nbytes)
@@ -182,41 +185,11 @@ def _packed_entries(policy: TrunkPolicy, scheme: Scheme) -> dict[str, PackedEntr
     }
 
 
-def _head_entries(
-    model: PreTrainedModel, mapping: WeightMapping, options: ConvertOptions, kept: list[KeptLinear]
-) -> dict[str, PackedEntry]:
-    """Entries for embeddings and output head, when they are asked to be packed."""
-    if options.head_bits == 16:
-        return {}
-    scheme = DEFAULT_SCHEME[options.head_bits]
-    modules = dict(model.named_modules())
-    names = {module: name for name, module in modules.items()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    entries: dict[str, PackedEntry] = {}
-    for module, wanted, kind in (
-        (embedding, nn.Embedding, "embedding"),
-        (head, nn.Linear, "linear"),
-    ):
-        if module is None:
-            continue
-        if type(module) is not wanted:
-            kept.append(
-                KeptLinear(names[module], f"a {type(module).__name__}, not a {wanted.__name__}")
-            )
-            continue
-        where = weight_reader(modules, names[module])
-        if where is not None:
-            kept.append(KeptLinear(names[module], f"its weight is read directly ({where})"))
-            continue
-        rows, cols = module.weight.shape
-        entries[names[module]] = PackedEntry(kind, scheme, (rows, cols))
-    tied = head is not None and f"{names[head]}.weight" in mapping.missing
-    if tied and len(entries) == 2:
-        entry = entries[names[head]]
-        entries[names[head]] = PackedEntry(entry.kind, scheme, entry.shape, names[embedding])
-    elif tied:
-        entries.clear()  # one of the two cannot be packed, and they share one weight
-    return entries
+def _has_tied_head(model: PreTrainedModel, mapping: WeightMapping) -> bool:
+    """Whether the source has no weight of its own for the output head."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    return head is not None and f"{names[0]}.weight" in mapping.missing
 
 
 def _trunk_tensor(target: Target, packed: dict[str, PackedEntry]) -> TrunkTensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from moepack_formats.manifest import PackedEntry
 from moepack_formats.schemes import Scheme
 from moepack_runtime.experts import ExpertsAdapter
 
@@ -101,7 +102,7 @@ def trunk_policy(
             reason = "its weight is shared with another layer"
         elif _stays_float32(model, name):
             reason = "the model keeps it in float32"
-        elif (where := weight_reader(modules, name)) is not None:
+        elif (where := _weight_reader(modules, name)) is not None:
             reason = f"its weight is read directly ({where})"
         elif scheme.is_raw or scheme.packed_nbytes(rows, cols) >= rows * cols * 2:
             reason = f"{rows} x {cols} would not be smaller in {scheme.name}"
@@ -110,6 +111,46 @@ def trunk_policy(
             continue
         kept.append(KeptLinear(name, reason))
     return TrunkPolicy(tuple(packed), tuple(kept))
+
+
+def head_policy(
+    model: PreTrainedModel, scheme: str, *, tied: bool
+) -> tuple[dict[str, PackedEntry], list[KeptLinear]]:
+    """Decides for the input embedding and the output head.
+
+    Args:
+        model: The model, on the meta device or real.
+        scheme: What they would be packed with.
+        tied: Whether the head has no weight of its own.
+
+    Returns:
+        Entries of what is packed, by module name, and what is kept, with the reason.
+    """
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    entries: dict[str, PackedEntry] = {}
+    kept: list[KeptLinear] = []
+    for module, wanted, kind in (
+        (embedding, nn.Embedding, "embedding"),
+        (head, nn.Linear, "linear"),
+    ):
+        if module is None:
+            continue
+        name = names[module]
+        if type(module) is not wanted:
+            kept.append(KeptLinear(name, f"a {type(module).__name__}, not a {wanted.__name__}"))
+        elif (where := _weight_reader(modules, name)) is not None:
+            kept.append(KeptLinear(name, f"its weight is read directly ({where})"))
+        else:
+            rows, cols = module.weight.shape
+            entries[name] = PackedEntry(kind, scheme, (rows, cols))
+    if tied and len(entries) == 2:
+        entry = entries[names[head]]
+        entries[names[head]] = PackedEntry(entry.kind, scheme, entry.shape, names[embedding])
+    elif tied:
+        entries.clear()  # one of the two cannot be packed, and they share one weight
+    return entries, kept
 
 
 def _routers(modules: dict[str, nn.Module], adapters: Sequence[ExpertsAdapter]) -> set[str]:
@@ -158,7 +199,7 @@ def _stays_float32(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, f"{name}.weight") for pattern in patterns)
 
 
-def weight_reader(modules: dict[str, nn.Module], name: str) -> str | None:
+def _weight_reader(modules: dict[str, nn.Module], name: str) -> str | None:
     """Where the owner's modeling code reads the layer's weight or bias; None if nowhere."""
     owner, _, attribute = name.rpartition(".")
     while isinstance(modules[owner], _CONTAINERS):

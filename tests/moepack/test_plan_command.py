@@ -13,6 +13,7 @@ from moepack.cli import run
 from moepack.convert.meta_model import build_meta_model
 from moepack.convert.sizing import Machine, best, recipes, sizes_of
 from moepack_formats.errors import UsageError
+from moepack_formats.schemes import SCHEMES
 from tests import families
 from tests.packs import make_pack
 
@@ -27,7 +28,7 @@ def machine(ram: int, disk: int = 1 << 40) -> Machine:
 @pytest.mark.parametrize("scheme", ["q2g64", "q3g32s4"])
 def test_sizes_are_those_of_the_pack(tmp_path: Path, scheme: str) -> None:
     sizes = sizes_of(CONFIG)
-    manifest = make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn", head_bits=16)
+    manifest = make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn")
     assert sizes.record_nbytes[scheme] == manifest.sizes.expert_nbytes
     assert sizes.trunk_nbytes == manifest.sizes.trunk_nbytes
     assert sizes.expert_parameters == manifest.sizes.expert_parameters
@@ -45,7 +46,8 @@ def test_every_family_can_be_sized(family: str) -> None:
 def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
     tied = sizes_of(CONFIG)
     untied = sizes_of({**CONFIG, "tie_word_embeddings": False})
-    embedding = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
+    shape = CONFIG["vocab_size"], CONFIG["hidden_size"]
+    embedding = SCHEMES["q8g64"].packed_nbytes(*shape)  # as convert makes it by default
     assert tied.trunk_token_nbytes == tied.trunk_nbytes
     assert untied.trunk_nbytes == tied.trunk_nbytes + embedding
     assert untied.trunk_token_nbytes == tied.trunk_nbytes
@@ -58,7 +60,8 @@ def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_more_memory_is_more_bits() -> None:
     sizes = sizes_of(CONFIG)
-    chosen = [best(recipes(sizes, machine(ram))) for ram in (5_700_000, 6_300_000, 9_000_000)]
+    rooms = (3_018_656, 3_618_656, 6_318_656)  # beside the trunk
+    chosen = [best(recipes(sizes, machine(sizes.trunk_nbytes + room))) for room in rooms]
     assert [one.resident for one in chosen] == [1, 1, 1]
     assert chosen[0].bits < chosen[1].bits < chosen[2].bits
     assert chosen[1].name.startswith("mixed")

@@ -90,6 +90,9 @@ def command(
         note = model.moepack.speculator and model.moepack.speculator.describe()
         if note:
             say(f"moepack: {note}")
+        tape = model.moepack.tape
+        if tape is not None and tape.refusal is not None:
+            say(f"moepack: {tape.describe()}")
 
 
 class Reply:

@@ -15,7 +15,7 @@ from moepack_formats.errors import UsageError
 
 from .cache_policy import make_policy
 from .policies import Key, Observing, Offline
-from .slot_shares import reserved_slots
+from .slot_shares import divide_budget, reserved_slots
 from .trace import Trace, TraceInfo
 
 
@@ -102,8 +102,6 @@ def slots_of(
     if len(sizes) == 1:
         (nbytes, count), *_ = sizes.items()
         return {nbytes: min(count, max(budget // nbytes, 1))}
-    from .slot_cache import divide_budget  # brings torch
-
     return divide_budget(budget, dict(sizes))
 
 

@@ -27,7 +27,7 @@ from .io_pool import DEMAND, SPECULATION, IoPool, Read
 from .options import RuntimeOptions, format_size
 from .policies import Key, Observing
 from .record_reader import RecordReader
-from .slot_shares import reserved_slots
+from .slot_shares import divide_budget, reserved_slots
 from .statistics import Statistics
 
 SLACK = 16 << 20
@@ -451,26 +451,3 @@ def _records_of_size(pack: Pack, nbytes: int) -> list[Key]:
         for expert, at in enumerate(records)
         if at.spec.nbytes == nbytes
     ]
-
-
-def divide_budget(budget: int, sizes: dict[int, int], most: int | None = None) -> dict[int, int]:
-    """Slots for each record size: all that exist, or shares of the budget by total bytes.
-
-    Args:
-        budget: Bytes.
-        sizes: Records by size.
-        most: Slots of all sizes together, but at least one of each.
-    """
-    everything = sum(nbytes * count for nbytes, count in sizes.items())
-    if most is not None:
-        budget = min(budget, everything * most // sum(sizes.values()))
-    if everything <= budget:
-        return dict(sizes)
-    slots = {n: min(c, max(1, budget * c // everything)) for n, c in sizes.items()}
-    while sum(n * s for n, s in slots.items()) > budget:
-        # Rounding a class up to its one slot took more than its share.
-        largest = max((n for n in slots if slots[n] > 1), key=lambda n: n * slots[n], default=None)
-        if largest is None:
-            break
-        slots[largest] -= 1
-    return slots

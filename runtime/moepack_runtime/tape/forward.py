@@ -66,12 +66,19 @@ class TapeForward:
         self._why_not: str | None = None
         self._passed_by = False  # a token came with a cache of a kind that is not played
 
+    @property
+    def refusal(self) -> str | None:
+        """Why transformers' own code decodes, or None where tokens are played or none has come."""
+        if self._why_not is not None:
+            return self._why_not
+        if self._player is None and self._passed_by:
+            return "its cache holds more than keys and values"
+        return None
+
     def describe(self) -> str:
         """How tokens are decoded, for a person."""
-        if self._why_not is not None:
-            return f"decoding by transformers' own code: {self._why_not}"
-        if self._player is None and self._passed_by:
-            return "decoding by transformers' own code: its cache holds more than keys and values"
+        if self.refusal is not None:
+            return f"decoding by transformers' own code: {self.refusal}"
         if self._player is None:
             return "decoding not recorded yet"
         return f"decoding recorded, {self._player.native_share:.0%} native"

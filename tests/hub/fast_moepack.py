@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import time
 
@@ -19,6 +20,9 @@ def _note_peak(path: str) -> None:
 
 if "PEAK_MEMORY_FILE" in os.environ:
     atexit.register(_note_peak, os.environ["PEAK_MEMORY_FILE"])
+
+# A shell that starts tests in the background makes all they start ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from moepack.cli import main  # noqa: E402
 

@@ -43,7 +43,7 @@ from tests.packs import make_pack
         ({"intermediate_size": 64}, "a record has another shape than the config's"),
         ({"hidden_size": 128}, "another"),
         ({"num_key_value_heads": 4}, "a packed module has another kind or shape"),
-        ({"vocab_size": 5000}, "embed_tokens.weight: a trunk tensor has another shape"),
+        ({"vocab_size": 5000}, "embed_tokens: a packed module has another kind or shape"),
         ({"base_model_type": "olmoe"}, "config.json names another family"),
         ({"base_model_type": "no-such"}, "no family that transformers knows"),
         ({"base_model_type": None}, "no family that transformers knows"),
@@ -83,6 +83,7 @@ def test_a_tensor_too_few_or_too_many(command: Command, tmp_path: Path) -> None:
     for changes, words in (
         ({"qkv_bias": False}, "the trunk has a tensor that the config's model lacks"),
         ({"qkv_bias": True, "moe_intermediate_size": 56}, "another shape"),
+        ({"vocab_size": 5000}, "embed_tokens.weight: a trunk tensor has another shape"),
     ):
         (pack / "config.json").write_text(json.dumps({**config, **changes}))
         assert words in command("bench", pack).error(3)

@@ -111,6 +111,13 @@ def test_what_is_not_one_token_is_left_alone(pack: Path) -> None:
     assert not model.moepack.tape.playing
 
 
+def test_a_text_of_one_token_is_no_refusal(pack: Path) -> None:
+    model = load_pack(pack)
+    model.generate(IDS[:, :1], max_new_tokens=1, do_sample=False)
+    assert model.moepack.tape.refusal is None
+    assert not model.moepack.tape.playing
+
+
 def test_counters_count_what_is_played_and_not_what_is_recorded(pack: Path) -> None:
     model = load_pack(pack, io="mmap")
     stats = model.moepack.stats

@@ -135,7 +135,8 @@ class TapeForward:
             return None
         layers = take_over(kwargs.get("past_key_values"))
         if layers is None:
-            self._passed_by = kwargs.get("past_key_values") is not None
+            cache = kwargs.get("past_key_values")
+            self._passed_by = cache is not None and cache.get_seq_length() > 0
             return None
         length = layers[0].get_seq_length()
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,20 @@ def test_counters_count_what_is_played_and_not_what_is_recorded(pack: Path) -> N
     config = model.config
     demands = config.num_hidden_layers * config.num_experts_per_tok * (IDS.shape[1] - 4)
     assert stats.hits + stats.misses >= demands
+
+
+def test_a_cache_lives_no_longer_than_its_owner_wants(pack: Path) -> None:
+    """Neither the cache that was recorded nor the last one that was played is kept."""
+    model = load_pack(pack)
+    for _ in range(2):
+        with torch.no_grad():
+            cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+            model(input_ids=IDS[:, 3:4], past_key_values=cache, use_cache=True)
+        assert model.moepack.tape.playing
+        keys = [weakref.ref(layer.buffers.keys) for layer in cache.layers]
+        del cache
+        gc.collect()
+        assert not any(ref() is not None for ref in keys)
 
 
 def test_beam_search_takes_the_cache_apart(pack: Path) -> None:

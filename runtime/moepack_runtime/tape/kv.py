@@ -36,7 +36,8 @@ class _Buffers:
         capacity = max(tokens, self.capacity + max(GROWTH, self.capacity // 2))
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            # Not zeros: pages that no token has reached yet take no memory.
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.filled] = old[:, :, : self.filled]
             setattr(self, name, new)
 

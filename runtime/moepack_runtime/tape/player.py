@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,9 +56,10 @@ class Player:
         self._engine = engine
         self._kv = {id(layer): Kv() for layer in layers}
         self._caches = list(self._kv.values())
-        self._known: list[Any] = [None] * len(layers)
+        # The keys that each entry of _kv points at; weak, as a cache's memory is its owner's.
+        self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
-        self._alive: list[Any] = [steps, layers]
+        self._alive: list[Any] = [_memory(step) for step in steps]
         found: list[NativeStep] = []
         fixed = [token, position, logits]
         mutated = _mutated(steps)
@@ -123,8 +125,9 @@ class Player:
     def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
         """Make a native layer stand for a layer of the cache, with room for one more token."""
         buffers = layer.reserve(position + 1)
-        if self._known[number] is not buffers.keys:
-            self._known[number] = buffers.keys
+        known = self._known[number]
+        if known is None or known() is not buffers.keys:
+            self._known[number] = weakref.ref(buffers.keys)
             kv.keys, kv.values = buffers.keys.data_ptr(), buffers.values.data_ptr()
             kv.heads, kv.key_width = buffers.keys.shape[1], buffers.keys.shape[3]
             kv.value_width, kv.capacity = buffers.values.shape[3], buffers.capacity
@@ -232,6 +235,12 @@ class Player:
         if step is None:
             raise CannotRecord("a matrix gets values from all over memory")
         return [step], copy
+
+
+def _memory(step: Step) -> list[Any]:
+    """What native steps point into, without the cache of the recording, which must not stay."""
+    appends = isinstance(step.operation, Opaque) and step.operation.kind == "append"
+    return [step.arguments, step.keywords, () if appends else step.results]
 
 
 def _is_experts(step: Step) -> bool:

@@ -5,8 +5,8 @@
 
 Both get the same uniformly random tokens, never what they write themselves: greedy text repeats
 itself, which flatters every cache. Rounds are interleaved and start with the files out of the page
-cache. The disk's ceiling is measured in each round, at the size of a record and with as many reads
-at a time as moepack makes. Without PACK and MODEL.gguf both are made first (16 GB of disk, some
+cache. The disk's ceiling is measured between moepack's tokens, at the size of a record and with as
+many reads at a time. Without PACK and MODEL.gguf both are made first (16 GB of disk, some
 minutes). As root the limit is a control group and the disk's read-ahead is 128 KiB, the kernel's
 usual one, which is llama.cpp's fair case; otherwise what could not be set is said.
 """
@@ -17,15 +17,11 @@ import argparse
 import contextlib
 import json
 import math
-import mmap
 import os
-import random
 import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +30,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from moepack_formats.osio import set_direct  # noqa: E402
-from moepack_formats.pack import Pack  # noqa: E402
 from moepack_runtime.options import format_size, parse_size  # noqa: E402
 from tests import memory_limit  # noqa: E402
 
@@ -50,13 +44,11 @@ class Results:
     Attributes:
         moepack: JSON of each run of ``memory_moepack.py``.
         llama: JSON of each run of ``memory_llama.py``.
-        ceiling: Bytes per second of the disk.
         peaks: Most bytes charged to moepack's group.
     """
 
     moepack: list[dict[str, Any]] = field(default_factory=list)
     llama: list[dict[str, Any]] = field(default_factory=list)
-    ceiling: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
 
 
@@ -127,31 +119,6 @@ def read_ahead(path: Path) -> Iterator[str]:
         setting.write_text(before)
 
 
-def disk_ceiling(folder: Path, depth: int, seconds: float = 1.5) -> float:
-    """Bytes per second of random records read past the page cache, ``depth`` at a time."""
-    with Pack(folder) as pack:
-        records = [at for layer in pack.layers for at in layer]
-        for descriptor in {at.descriptor for at in records}:
-            set_direct(descriptor, True)
-        end, done = time.perf_counter() + seconds, list[int]()
-
-        def work(seed: int) -> None:
-            picks = random.Random(seed)
-            with mmap.mmap(-1, max(at.spec.nbytes for at in records)) as memory:
-                while time.perf_counter() < end:
-                    at = picks.choice(records)
-                    with memoryview(memory) as view, view[: at.spec.nbytes] as buffer:
-                        done.append(os.preadv(at.descriptor, [buffer], at.offset))
-
-        start = time.perf_counter()
-        workers = [threading.Thread(target=work, args=(i,)) for i in range(depth)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return sum(done) / (time.perf_counter() - start)
-
-
 def measure(options: argparse.Namespace, limit: Limit) -> tuple[Results, float]:
     """All rounds, and the seconds a token takes when every expert is in memory."""
     here = Path(__file__).parent
@@ -162,11 +129,9 @@ def measure(options: argparse.Namespace, limit: Limit) -> tuple[Results, float]:
     vocabulary = json.loads((options.pack / "config.json").read_text())["vocab_size"]
     for seed in range(options.rounds):
         memory_limit.drop_from_page_cache(files)
-        results.ceiling.append(disk_ceiling(options.pack, options.depth))
         found, peak = limit.run(*moepack, "--ram", options.limit, "--seed", seed, *options.more)
         results.moepack.append(found)
         results.peaks.append(peak)
-        results.ceiling.append(disk_ceiling(options.pack, options.depth))
         if options.gguf:
             memory_limit.drop_from_page_cache([options.gguf])
             ids = _token_ids(vocabulary, options.warm + options.llama_tokens, seed)
@@ -188,16 +153,15 @@ def summary(results: Results, compute_s: float) -> dict[str, Any]:
     speed = [run["tokens_per_s"] for run in results.moepack]
     missed = statistics.median(run["missed_per_token"] for run in results.moepack)
     fractions = []
-    for i, run in enumerate(results.moepack):
-        ceiling = statistics.mean(results.ceiling[2 * i : 2 * i + 2])
-        ideal_s = max(compute_s, run["missed_per_token"] / ceiling)
+    for run in results.moepack:
+        ideal_s = max(compute_s, run["missed_per_token"] / run["disk_bytes_per_s"])
         fractions.append(run["tokens_per_s"] * ideal_s)
     values: dict[str, Any] = {
         "tokens_per_s": spread(speed),
         "hit_ratio": spread([run["hit_ratio"] for run in results.moepack]),
         "missed_per_token": missed,
         "read_per_token": statistics.median(run["read_per_token"] for run in results.moepack),
-        "disk_bytes_per_s": spread(results.ceiling),
+        "disk_bytes_per_s": spread([run["disk_bytes_per_s"] for run in results.moepack]),
         "compute_s": compute_s,
         "of_the_ceiling": spread(fractions),
         "peak_nbytes": max(results.peaks),
@@ -278,9 +242,8 @@ def main() -> None:
     parser.add_argument("--limit", type=parse_size, default=parse_size("1685MB"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--llama-tokens", type=int, default=16)
-    parser.add_argument("--depth", type=int, default=3, help="reads at a time for the ceiling")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--llama-tokens", type=int, default=32)
     parser.add_argument(
         "--more", type=str.split, default=[], help='options of memory_moepack.py: "--prefetch 0"'
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 
 from moepack_runtime.without_hqq import import_caches
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import_caches()  # as the command line does
 
+from moepack_formats.pack import Pack  # noqa: E402
 from moepack_runtime.loading import load_pack  # noqa: E402
 from moepack_runtime.memory import own_nbytes  # noqa: E402
 from moepack_runtime.options import parse_size  # noqa: E402
+from tests.bench.disk import Disk  # noqa: E402
 
 
 def token_ids(vocabulary: int, count: int, seed: int) -> list[int]:
@@ -38,8 +42,12 @@ def resident() -> dict[str, int]:
     }
 
 
-def run(model: Any, ids: list[int], context: int) -> tuple[list[float], list[int]]:
+def run(
+    model: Any, ids: list[int], context: int, disk: Disk | None = None
+) -> tuple[list[float], list[int]]:
     """Feed tokens one by one, from an empty context after every ``context`` of them.
+
+    The disk has a turn after every eighth, which is not counted.
 
     Returns:
         Seconds of each token, and the process's own memory after every hundredth.
@@ -52,6 +60,8 @@ def run(model: Any, ids: list[int], context: int) -> tuple[list[float], list[int
         out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         seconds.append(time.perf_counter() - start)
+        if disk is not None and i % 8 == 7:
+            disk.turn()
         if i % 100 == 99:
             memory.append(own_nbytes())
     return seconds, memory
@@ -72,6 +82,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--depth", type=int, default=4, help="reads at a time for the ceiling")
     parser.add_argument("--fill", action="store_true", help="read every expert before timing")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -97,7 +108,8 @@ def main() -> None:
     ids = token_ids(vocabulary, options.warm + options.tokens, options.seed)
     run(model, ids[: options.warm], options.context)
     runtime.stats.reset()
-    seconds, memory = run(model, ids[options.warm :], options.context)
+    disk = None if options.fill else Disk(Pack(Path(options.pack)), options.depth)
+    seconds, memory = run(model, ids[options.warm :], options.context, disk)
     stats = runtime.stats
     nbytes = statistics.mean(at.spec.nbytes for layer in runtime.pack.layers for at in layer)
     result = {
@@ -105,6 +117,7 @@ def main() -> None:
         "median_ms": 1e3 * statistics.median(seconds),
         "hit_ratio": stats.hit_ratio,
         "recall": stats.recall,
+        "disk_bytes_per_s": None if disk is None else disk.bytes_per_s,
         "read_per_token": stats.bytes_per_token,
         # What was needed and was not there, whether a guess or a demand has fetched it.
         "missed_per_token": (stats.misses + stats.speculative_used) * nbytes / options.tokens,

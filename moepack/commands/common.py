@@ -192,9 +192,9 @@ def load(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moepack_runtime.without_hqq import import_caches
+    from moepack_runtime.lean_imports import import_transformers
 
-    import_caches()
+    import_transformers()
     from moepack_runtime.loading import load_pack
     from moepack_runtime.trace import most_used, read_trace
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from .policies import Key
 
-HALF_LIFE = 4.0
+HALF_LIFE = 8.0
 """A weight halves while this many uses for each expert that was ever scored go by: long enough to
-tell frequent experts from rare ones, short enough to follow a change of topic. On tiny-moe 2 to 16
+tell frequent experts from rare ones, short enough to follow a change of topic. On tiny-moe 2 to 32
 differ by less than a point of hits."""
 
 _SLACK = 64

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,14 +20,19 @@ from moepack_formats.pack import Pack
 
 from .arena import Arena
 from .budget import MemoryLimit
-from .cache_policy import make_policy
 from .calibrate import io_threads
-from .io_pool import DEMAND, SPECULATION, IoPool, Read
+from .io_pool import DEMAND, SPECULATION, IoPool
+from .memory import give_back_freed
 from .options import RuntimeOptions, format_size
 from .policies import Key, Observing
 from .record_reader import RecordReader
-from .slot_shares import divide_budget, reserved_slots
+from .size_class import Entry, SizeClass, records_of_size
+from .slot_shares import divide_budget
 from .statistics import Statistics
+
+UNGUESSED = 4
+"""Tokens without a guess after which no slot waits for guesses any longer: a trial of prefetch goes
+without for two in a row."""
 
 SLACK = 16 << 20
 """Bytes left free for what a token may take before the next look at the process's memory."""
@@ -37,76 +41,6 @@ SLACK = 16 << 20
 def record_sizes(pack: Pack) -> dict[int, int]:
     """Number of records by size in bytes."""
     return dict(Counter(at.spec.nbytes for layer in pack.layers for at in layer))
-
-
-@dataclass
-class _Entry:
-    """A record that is in a slot or on its way there."""
-
-    key: Key
-    slot: int
-    reading: Read
-    guessed: bool
-    pins: int = 0
-    missed: bool = False
-    """Whether its demand had to start the read and was not yet counted."""
-
-
-class _SizeClass:
-    """Slots and policy for the records of one size.
-
-    Attributes:
-        arena: The slots' memory.
-        free: Slots without a record.
-        parked: Slots whose memory was given back to the system.
-        untouched: Slots that are not parked and whose memory was never taken.
-        staged: Guesses that were not demanded yet, oldest first.
-        demanded: Number of slots with demanded records.
-    """
-
-    def __init__(self, arena: Arena, records: list[Key], options: RuntimeOptions) -> None:
-        self.arena, self._records = arena, len(records)
-        self._prefetch = options.prefetch
-        self.free = list(range(arena.slots))
-        self.parked: list[int] = []
-        self.untouched = set(self.free)
-        self.staged: deque[Key] = deque()
-        self.demanded = 0
-        self.policy = make_policy(
-            options.policy,
-            self.demanded_limit,
-            records,
-            scope=options.scope,
-            pins=options.pins,
-        )
-
-    @property
-    def slots(self) -> int:
-        """Slots that may be filled."""
-        return self.arena.slots - len(self.parked)
-
-    @property
-    def demanded_limit(self) -> int:
-        """Slots that demanded experts may fill; the others wait for guesses."""
-        return self.slots - reserved_slots(self.slots, self._records, prefetch=self._prefetch)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a slot."""
-        return self.arena.slot_nbytes
-
-    def park(self) -> None:
-        """Give a free slot's memory back."""
-        slot = self.free.pop()
-        self.arena.give_back(slot)
-        self.untouched.discard(slot)
-        self.parked.append(slot)
-
-    def unpark(self) -> None:
-        """Use a parked slot again."""
-        slot = self.parked.pop()
-        self.untouched.add(slot)
-        self.free.append(slot)
 
 
 class SlotCache:
@@ -133,11 +67,12 @@ class SlotCache:
         stream: object | None = None,
     ) -> None:
         self._pack, self._stats, self._limit = pack, stats, limit
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[Key, Entry] = {}
         self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
+        self._unguessed = 0  # tokens since the last guess
         self._classes = {
-            nbytes: _SizeClass(
-                Arena(nbytes, slots, device, stream), _records_of_size(pack, nbytes), options
+            nbytes: SizeClass(
+                Arena(nbytes, slots, device, stream), records_of_size(pack, nbytes), options
             )
             for nbytes, slots in divide_budget(budget, record_sizes(pack), options.slots).items()
         }
@@ -175,6 +110,9 @@ class SlotCache:
         classes = self._classes.values()
         taken = sum(len(size.untouched) * size.nbytes for size in classes)
         room = self._limit.room(nbytes + taken)
+        if room < SLACK:
+            give_back_freed()
+            room = self._limit.room(nbytes + taken)
         while room < SLACK:
             size = max(classes, key=lambda size: (size.slots > 1, size.slots * size.nbytes))
             if size.slots == 1 or not self._park(size):
@@ -187,7 +125,7 @@ class SlotCache:
                 size.unpark()
                 room -= size.nbytes
 
-    def _park(self, size: _SizeClass) -> bool:
+    def _park(self, size: SizeClass) -> bool:
         """Give back one slot, if one can be emptied."""
         if not size.free and not self._drop_staged(size, None) and not self._evict(size):
             return False
@@ -228,6 +166,9 @@ class SlotCache:
         """Yield one ready record at a time, or all that are ready; both stay pinned meanwhile."""
         if layer == 0:
             self.make_room(0)
+            self._unguessed += 1
+            if self._unguessed > UNGUESSED:
+                self._expect_guesses(False)
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         self._forget_failures(keys)
@@ -283,6 +224,8 @@ class SlotCache:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
+        self._unguessed = 0
+        self._expect_guesses(True)
         for expert in experts:
             key = (layer, expert)
             if key in self._entries:
@@ -304,19 +247,23 @@ class SlotCache:
         experts = range(len(self._pack.layers[layer]))
         return [expert for expert in experts if (layer, expert) in self._entries]
 
+    def _expect_guesses(self, expected: bool) -> None:
+        for size in self._classes.values():
+            size.guessing = expected
+
     def _at(self, key: Key) -> RecordLocation:
         return self._pack.layers[key[0]][key[1]]
 
-    def _record(self, entry: _Entry) -> Tensor:
+    def _record(self, entry: Entry) -> Tensor:
         """The bytes of a record that was read; raises what reading it raised."""
         entry.reading.result()
         arena = self._class_of(entry.key).arena
         return arena.tensor(entry.slot)[: self._at(entry.key).spec.nbytes]
 
-    def _class_of(self, key: Key) -> _SizeClass:
+    def _class_of(self, key: Key) -> SizeClass:
         return self._classes[self._at(key).spec.nbytes]
 
-    def _pin(self, key: Key) -> _Entry:
+    def _pin(self, key: Key) -> Entry:
         """Keep a resident record until its use is over."""
         entry = self._entries[key]
         entry.pins += 1
@@ -326,7 +273,7 @@ class SlotCache:
             self._class_of(key).policy.touch(key)
         return entry
 
-    def _come_true(self, entry: _Entry) -> None:
+    def _come_true(self, entry: Entry) -> None:
         """A guess was right: its record becomes an ordinary one, and its read a demand."""
         size = self._class_of(entry.key)
         entry.guessed = False
@@ -337,7 +284,7 @@ class SlotCache:
         if size.demanded > size.demanded_limit:
             self._evict(size, entry.key)
 
-    def _start(self, key: Key, pending: list[_Entry]) -> bool:
+    def _start(self, key: Key, pending: list[Entry]) -> bool:
         """Begin reading a missing record if a slot can be had."""
         size = self._class_of(key)
         while not size.free or size.demanded >= size.demanded_limit:
@@ -360,27 +307,27 @@ class SlotCache:
         pending.append(entry)
         return True
 
-    def _read_demanded(self, key: Key, size: _SizeClass) -> _Entry:
+    def _read_demanded(self, key: Key, size: SizeClass) -> Entry:
         entry = self._read(key, size.free.pop(), guessed=False)
         self._count_in(entry, size)
         return entry
 
-    def _is_left(self, entry: _Entry, size: _SizeClass) -> bool:
+    def _is_left(self, entry: Entry, size: SizeClass) -> bool:
         unwanted = entry.pins == 0 and not entry.guessed and not entry.reading.done
         return unwanted and self._class_of(entry.key) is size
 
-    def _read(self, key: Key, slot: int, *, guessed: bool) -> _Entry:
+    def _read(self, key: Key, slot: int, *, guessed: bool) -> Entry:
         at, size = self._at(key), self._class_of(key)
         buffer = size.arena.buffer(slot)[: at.spec.nbytes]
         size.untouched.discard(slot)
         job = partial(self._reader.read, at, buffer, *key)
         reading = self._io.submit(job, SPECULATION if guessed else DEMAND)
         self._stats.bytes_read += at.spec.nbytes
-        entry = _Entry(key, slot, reading, guessed)
+        entry = Entry(key, slot, reading, guessed)
         self._entries[key] = entry
         return entry
 
-    def _next_ready(self, pending: list[_Entry]) -> _Entry:
+    def _next_ready(self, pending: list[Entry]) -> Entry:
         """A record that is there already, else the first to arrive."""
         for entry in pending:
             if entry.reading.done:
@@ -407,7 +354,7 @@ class SlotCache:
             if entry.reading.error is not None:
                 self._release(entry)
 
-    def _drop_staged(self, size: _SizeClass, keep_layer: int | None) -> bool:
+    def _drop_staged(self, size: SizeClass, keep_layer: int | None) -> bool:
         """Give up the oldest guess that was read and not used."""
         for key in size.staged:
             entry = self._entries[key]
@@ -416,7 +363,7 @@ class SlotCache:
                 return True
         return False
 
-    def _evict(self, size: _SizeClass, incoming: Key | None = None) -> bool:
+    def _evict(self, size: SizeClass, incoming: Key | None = None) -> bool:
         """Give up the demanded record that the policy names."""
 
         def usable(key: Key) -> bool:
@@ -429,11 +376,11 @@ class SlotCache:
         self._release(self._entries[victim])
         return True
 
-    def _count_in(self, entry: _Entry, size: _SizeClass) -> None:
+    def _count_in(self, entry: Entry, size: SizeClass) -> None:
         size.policy.insert(entry.key)
         size.demanded += 1
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         size = self._class_of(entry.key)
         del self._entries[entry.key]
         if entry.guessed:
@@ -442,12 +389,3 @@ class SlotCache:
             size.policy.remove(entry.key)
             size.demanded -= 1
         size.free.append(entry.slot)
-
-
-def _records_of_size(pack: Pack, nbytes: int) -> list[Key]:
-    return [
-        (layer, expert)
-        for layer, records in enumerate(pack.layers)
-        for expert, at in enumerate(records)
-        if at.spec.nbytes == nbytes
-    ]

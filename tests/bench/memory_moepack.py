@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from moepack_runtime.without_hqq import import_caches
+from moepack_runtime.lean_imports import import_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import_caches()  # as the command line does
+import_transformers()  # as the command line does
 
 from moepack_formats.pack import Pack  # noqa: E402
 from moepack_runtime.loading import load_pack  # noqa: E402

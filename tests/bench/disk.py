@@ -1,0 +1,65 @@
+"""What a disk gives at most, measured between the tokens of a run.
+
+Disks of rented machines change their speed by a factor of two within seconds, so that a ceiling
+measured before a run says little about it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import threading
+import time
+
+from moepack_formats.osio import set_direct
+from moepack_formats.pack import Pack
+
+
+class Disk:
+    """Reads random records past the page cache, a few at a time.
+
+    Args:
+        pack: A pack that was opened for this: its descriptors are switched to direct reads.
+        depth: Reads at a time.
+        share: Seconds of reading for each second that passes between two calls of ``turn``.
+    """
+
+    def __init__(self, pack: Pack, depth: int, share: float = 0.5) -> None:
+        self._records = [at for layer in pack.layers for at in layer]
+        for descriptor in {at.descriptor for at in self._records}:
+            set_direct(descriptor, True)
+        largest = max(at.spec.nbytes for at in self._records)
+        self._buffers = [mmap.mmap(-1, largest) for _ in range(depth)]
+        self._share = share
+        self._last = time.perf_counter()
+        self._nbytes, self._seconds = 0, 0.0
+
+    def turn(self) -> None:
+        """Read for a part of the time since the last call."""
+        begin = time.perf_counter()
+        end = begin + self._share * (begin - self._last)
+        done: list[int] = []
+
+        def work(memory: mmap.mmap, picks: random.Random) -> None:
+            while time.perf_counter() < end:
+                at = picks.choice(self._records)
+                with memoryview(memory) as view, view[: at.spec.nbytes] as buffer:
+                    done.append(os.preadv(at.descriptor, [buffer], at.offset))
+
+        workers = [
+            threading.Thread(target=work, args=(memory, random.Random()))
+            for memory in self._buffers
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        self._last = time.perf_counter()
+        self._nbytes += sum(done)
+        self._seconds += self._last - begin
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The mean of all turns; 0 before the first."""
+        return self._nbytes / self._seconds if self._seconds else 0.0

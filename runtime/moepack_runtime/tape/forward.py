@@ -175,7 +175,10 @@ class TapeForward:
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)
-        player = Player(second, token_at, position_at, output.logits, layers, self._engine)
+        read = [tensor for tensor, _ in self._inputs.values()]
+        player = Player(
+            second, token_at, position_at, output.logits, layers, self._engine, keep=read
+        )
         for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
             got = player.play(ids, start + number, layers)
             error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)

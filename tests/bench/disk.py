@@ -1,7 +1,8 @@
 """What a disk gives at most, measured between the tokens of a run.
 
 Disks of rented machines change their speed by a factor of two within seconds, so that a ceiling
-measured before a run says little about it.
+measured before a run says little about it. Their hosts have caches of their own, so what is read is
+what the run itself has to read: records that are not in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 
 from moepack_formats.osio import set_direct
 from moepack_formats.pack import Pack
@@ -22,14 +24,20 @@ class Disk:
     Args:
         pack: A pack that was opened for this: its descriptors are switched to direct reads.
         depth: Reads at a time.
+        holds: Whether the record of ``(layer, expert)`` is in memory.
         share: Seconds of reading for each second that passes between two calls of ``turn``.
     """
 
-    def __init__(self, pack: Pack, depth: int, share: float = 0.5) -> None:
-        self._records = [at for layer in pack.layers for at in layer]
-        for descriptor in {at.descriptor for at in self._records}:
+    def __init__(
+        self, pack: Pack, depth: int, holds: Callable[[int, int], bool], share: float = 0.5
+    ) -> None:
+        self._records = {
+            (i, j): at for i, layer in enumerate(pack.layers) for j, at in enumerate(layer)
+        }
+        for descriptor in {at.descriptor for at in self._records.values()}:
             set_direct(descriptor, True)
-        largest = max(at.spec.nbytes for at in self._records)
+        largest = max(at.spec.nbytes for at in self._records.values())
+        self._holds = holds
         self._buffers = [mmap.mmap(-1, largest) for _ in range(depth)]
         self._share = share
         self._last = time.perf_counter()
@@ -37,13 +45,14 @@ class Disk:
 
     def turn(self) -> None:
         """Read for a part of the time since the last call."""
+        records = [at for key, at in self._records.items() if not self._holds(*key)]
         begin = time.perf_counter()
         end = begin + self._share * (begin - self._last)
         done: list[int] = []
 
         def work(memory: mmap.mmap, picks: random.Random) -> None:
             while time.perf_counter() < end:
-                at = picks.choice(self._records)
+                at = picks.choice(records)
                 with memoryview(memory) as view, view[: at.spec.nbytes] as buffer:
                     done.append(os.preadv(at.descriptor, [buffer], at.offset))
 

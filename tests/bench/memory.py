@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--limit", type=parse_size, default=parse_size("1685MB"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--llama-tokens", type=int, default=32)
     parser.add_argument(
         "--more", type=str.split, default=[], help='options of memory_moepack.py: "--prefetch 0"'

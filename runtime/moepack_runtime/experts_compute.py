@@ -16,6 +16,7 @@ from moepack_formats.layer import RecordLocation
 from .cache_bias import CacheBias
 from .experts import Compute, ExpertsAdapter
 from .kernels import Engine, FusedExperts
+from .mapped import MappedRecords
 from .prefetch import Speculator
 from .residency import Residency
 from .statistics import Statistics
@@ -136,6 +137,17 @@ class ExpertsCompute:
             here, spec = places[expert], self._records[expert].spec
             fused.tokens(x, record, spec, here // choices, here, weights[here], outputs)
         return fused.total(outputs.view(tokens, choices, -1)).to(hidden.dtype)
+
+    @property
+    def reads(self) -> bool:
+        """Whether records are read into slots, which takes time that something else can fill."""
+        return not isinstance(self._residency, MappedRecords)
+
+    def demand(self, top_k_index: Tensor) -> None:
+        """Start reading what a token's router has chosen, ``[1, K]``, ahead of computing it."""
+        chosen = dict.fromkeys(top_k_index.reshape(-1).tolist())
+        needed = [expert for expert in chosen if 0 <= expert < self._adapter.num_experts]
+        self._residency.demand(self._layer, needed)
 
     @property
     def native_layer(self) -> Any | None:

@@ -21,6 +21,7 @@ from ..prefetch import Speculator
 from ..statistics import Statistics
 from .attention import recorded_attention
 from .kv import GrowingLayer, take_over
+from .overlap import reads_early
 from .player import Player
 from .record import CannotRecord, Recorder, differences, recording
 
@@ -176,6 +177,8 @@ class TapeForward:
         if reason is not None:
             raise CannotRecord(reason)
         read = [tensor for tensor, _ in self._inputs.values()]
+        if any(compute.reads for compute in self._computes):
+            second = reads_early(second)
         player = Player(
             second, token_at, position_at, output.logits, layers, self._engine, keep=read
         )

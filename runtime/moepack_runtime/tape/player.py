@@ -214,6 +214,11 @@ class Player:
         found.extra = ctypes.addressof(layer)
         return [*steps, found]
 
+    def _lower_demand(self, what: Opaque, step: Step) -> Call:
+        compute: ExpertsCompute = what.subject
+        (index,) = step.arguments
+        return lambda: compute.demand(index)
+
     def _experts_call(self, step: Step) -> Call:
         assert isinstance(step.operation, Opaque)
         compute: ExpertsCompute = step.operation.subject

@@ -52,7 +52,7 @@ template <class F> auto with_isa(const char* isa, F&& compute) {
 void linear_and_decode(const char* isa, int scheme, int64_t rows, int64_t cols) {
   int64_t nbytes = moepack_packed_nbytes(scheme, rows, cols);
   auto packed = random_bytes(nbytes);
-  for (int64_t tokens : {1, 2, 5}) {
+  for (int64_t tokens : {1, 2, 5, 130}) {
     auto x = random_floats(tokens * cols), bias = random_floats(rows);
     for (int mode : {MOEPACK_FLOAT, MOEPACK_INT8}) {
       auto compute = [&] {

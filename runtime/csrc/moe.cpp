@@ -160,8 +160,9 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
     for (int64_t u = chunk * each; u < end; ++u) {
-      if (u + 1 < end && (u + 1) % blocks == 0) prefetch(records[u / blocks + 1] + layouts[u / blocks + 1]->first);
-      intermediate_block(layer, u / blocks, u % blocks, input, hs[u / blocks], 1);
+      int64_t e = u / blocks;
+      if (u + 1 < end && (u + 1) / blocks != e) prefetch(records[e + 1] + layouts[e + 1]->first);
+      intermediate_block(layer, e, u % blocks, input, hs[e], 1);
     }
   });
   auto down_at = [&](int64_t e, int64_t tile) {

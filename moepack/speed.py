@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moepack_formats.errors import UsageError
+from moepack_formats.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from moepack_runtime.statistics import Statistics
@@ -92,6 +96,10 @@ class PackRunner:
 class LlamaRunner:
     """A GGUF file in llama.cpp, on the CPU, through llama-cpp-python.
 
+    It runs in a process of its own with OpenMP's default settings. Loaded beside torch it would
+    share torch's OpenMP, whose threads are told to sleep while our own compute
+    (``common.set_up``), and would be slower for it.
+
     Args:
         file: The file.
         context: Tokens that it must have room for.
@@ -102,41 +110,79 @@ class LlamaRunner:
     """
 
     def __init__(self, file: Path, context: int, threads: int) -> None:
-        try:
-            from llama_cpp import Llama
-        except ImportError:
+        if importlib.util.find_spec("llama_cpp") is None:
             raise UsageError(
                 "comparing with llama.cpp needs llama-cpp-python",
                 remedy="pip install 'moepack[bench]'",
-            ) from None
-        try:
-            self._llama: Any = Llama(
-                str(file),
-                n_ctx=context,
-                n_batch=512,
-                n_ubatch=512,
-                n_threads=threads,
-                n_threads_batch=threads,
-                n_gpu_layers=0,
-                verbose=False,
             )
-        except (ValueError, OSError) as error:
-            raise UsageError("llama.cpp cannot load the file", where=file, got=error) from error
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, other = processes.Pipe()
+        arguments = (str(file), context, threads, other)
+        processes.Process(target=_serve_llama, args=arguments, daemon=True).start()
+        other.close()
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            answer = "its process ended"
+        if isinstance(answer, str):
+            raise UsageError("llama.cpp cannot load the file", where=file, got=answer)
+        self._vocabulary = int(answer)
 
     @property
     def vocabulary(self) -> int:
         """Number of its tokens."""
-        return int(self._llama.n_vocab())
+        return self._vocabulary
 
     def prefill(self, ids: Sequence[int]) -> None:
         """See :class:`Runner`."""
-        self._llama.reset()
-        self._llama.eval(list(ids))
+        self._ask("prefill", ids)
 
     def decode(self, ids: Sequence[int]) -> None:
         """See :class:`Runner`."""
-        for token in ids:
-            self._llama.eval([token])
+        self._ask("decode", ids)
+
+    def _ask(self, what: str, ids: Sequence[int]) -> None:
+        self._pipe.send((what, list(ids)))
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise ResourceError(
+                "llama.cpp's process ended", remedy="see whether memory is short"
+            ) from None
+
+
+def _serve_llama(file: str, context: int, threads: int, pipe: Connection) -> None:
+    """What llama.cpp's process does: one answer for each request, until the other end closes."""
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    from llama_cpp import Llama
+
+    try:
+        llama: Any = Llama(
+            file,
+            n_ctx=context,
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_gpu_layers=0,
+            verbose=False,
+        )
+    except (ValueError, OSError) as error:
+        pipe.send(str(error))
+        return
+    pipe.send(llama.n_vocab())
+    while True:
+        try:
+            what, ids = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if what == "prefill":
+            llama.reset()
+            llama.eval(ids)
+        else:
+            for token in ids:
+                llama.eval([token])
+        pipe.send(None)
 
 
 def measure(

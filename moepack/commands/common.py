@@ -159,6 +159,9 @@ def set_up(verbose: bool) -> None:
     logging.basicConfig(level=level, format="moepack: %(message)s", stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Torch's threads would spin for milliseconds after each of its operations, on the cores that
+    # the native kernels' threads want. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not verbose:  # what is tried again is no news
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 

@@ -22,7 +22,7 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
 }
 
 // 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
-MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int16_t* sums) {
+inline float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
   for (int g = 0; g < 2; ++g)
     for (int i = 0; i < kLanes; ++i) {
@@ -56,6 +56,8 @@ MOEPACK_INLINE float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   return most / 127.0f;
 }
 
+// STEP: quantize_step, or an instruction set's own that gives the same bits.
+template <float (*STEP)(const float*, int8_t*, int16_t*)>
 void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   float padded[kBlockCols];
   if (count < kBlockCols) {
@@ -66,7 +68,7 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   for (int64_t half = 0; half < 2; ++half) {
     int64_t at = 2 * block + half;
     int16_t* sums = row.qsum16 + 2 * at;
-    row.step[at] = quantize_step(x + half * kStepCols, row.q + at * kStepCols, sums);
+    row.step[at] = STEP(x + half * kStepCols, row.q + at * kStepCols, sums);
     sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
   }
   row.sum64[block] = sum;
@@ -229,7 +231,7 @@ template <class V, int S> constexpr void fill_schemes(Kernels& k) {
       k.decode_tile[S] = decode_raw_tile<V, scheme>;
     } else {
       fill<V, scheme, true>(k.tile[S][1]);
-      if constexpr (kFormats[S].bits < 8) {
+      if constexpr (kFormats[S].bits < 8 && V::kExpands) {
         k.expand_tile[S] = expand_tile<V, scheme>;
         fill<V, scheme, true, true>(k.expanded[S]);
       }
@@ -243,7 +245,7 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   Kernels k{};
   k.name = name, k.supported = supported;
   fill_schemes<V, 0>(k);
-  k.quantize_block = quantize_block, k.copy_block = copy_block, k.activate = activate;
+  k.quantize_block = quantize_block<quantize_step>, k.copy_block = copy_block, k.activate = activate;
   k.to_bf16 = to_bf16, k.read_sum = read_sum;
   k.unary = unary, k.binary = binary, k.sum = sum, k.softmax = softmax;
   k.dot = dot<V>, k.add_scaled = add_scaled<V>;

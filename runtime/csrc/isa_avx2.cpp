@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "block.h"
+#include "panel_avx2.h"
 
 namespace moepack {
 namespace {
@@ -12,7 +13,7 @@ struct Avx2 {
   struct Ints { __m256i a[2]; };
   struct Floats { __m256 a[2]; };
   static constexpr int kTokens = 2, kByteTokens = 2;
-  static constexpr bool kPairs = true;
+  static constexpr bool kPairs = true, kExpands = false;
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) { return R{{f(0), f(1)}}; }
 #define EACH(R, expression) make<R>([&](int i) MOEPACK_LAMBDA { return expression; })
@@ -66,30 +67,23 @@ struct Avx2 {
 
   // 16 inputs of 2-bit codes. Two fields of four stay where they are and count fourfold: their sum
   // is shifted, not they.
-  template <bool BYTES, int N>
+  template <int N>
   static MOEPACK_INLINE void dot_16(const uint8_t* w, const Row* rows, int64_t col, Partial* out) {
-    if constexpr (BYTES) {
-      add_quad<N, true>(load(w), rows, col, out);
-      add_quad<N, false>(load(w + 64), rows, col + 4, out);
-      add_quad<N, false>(load(w + 128), rows, col + 8, out);
-      add_quad<N, false>(load(w + 192), rows, col + 12, out);
-    } else {
-      Codes c = load(w), upper = EACH(Codes, _mm256_srli_epi16(c.a[i], 4));
-      Partial fourfold[N];
-      add_quad<N, true>(field<0, 12>(c), rows, col + 4, fourfold);
-      add_quad<N, false>(field<0, 12>(upper), rows, col + 12, fourfold);
-      add_quad<N, true>(field<0, 3>(c), rows, col, out);
-      add_quad<N, false>(field<0, 3>(upper), rows, col + 8, out);
-      for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 2; ++i)
-          out[n].a[i] = _mm256_add_epi16(out[n].a[i], _mm256_srai_epi16(fourfold[n].a[i], 2));
-    }
+    Codes c = load(w), upper = EACH(Codes, _mm256_srli_epi16(c.a[i], 4));
+    Partial fourfold[N];
+    add_quad<N, true>(field<0, 12>(c), rows, col + 4, fourfold);
+    add_quad<N, false>(field<0, 12>(upper), rows, col + 12, fourfold);
+    add_quad<N, true>(field<0, 3>(c), rows, col, out);
+    add_quad<N, false>(field<0, 3>(upper), rows, col + 8, out);
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < 2; ++i)
+        out[n].a[i] = _mm256_add_epi16(out[n].a[i], _mm256_srai_epi16(fourfold[n].a[i], 2));
   }
 
   // 32 inputs of two groups under 4-bit scales and minima. The scale stands in both halves of a
   // row's 32 bits, so that one instruction sums a row's products and weighs them; the minima of the
   // two groups stand side by side, as the sums of the activations do.
-  template <bool BYTES, int N>
+  template <int N>
   static MOEPACK_INLINE void pair_of_groups(const uint8_t* w, const uint8_t* metadata,
                                             const Row* rows, int64_t col, Ints* high, Ints* base) {
     __m256i four_bits = _mm256_set1_epi32(0x000F000F);
@@ -103,8 +97,8 @@ struct Avx2 {
     };
     for (int g = 0; g < 2; ++g) {
       Partial dots[N];
-      dot_16<BYTES, N>(w + g * (BYTES ? 256 : 64), rows, col + 16 * g, dots);
-      if constexpr (!BYTES) prefetch(w + 64 * g + kPrefetch);
+      dot_16<N>(w + 64 * g, rows, col + 16 * g, dots);
+      prefetch(w + 64 * g + kPrefetch);
       for (int i = 0; i < 2; ++i) {
         __m256i scale = _mm256_and_si256(spread_to(g, i), four_bits);
         for (int n = 0; n < N; ++n) {
@@ -208,6 +202,40 @@ struct Avx2 {
 #undef EACH
 };
 
+__m256 absolute(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+
+// See block.h; the loops there take five times as long.
+float quantize_step_avx2(const float* v, int8_t* q, int16_t* sums) {
+  __m256 x[4], most = _mm256_setzero_ps(), poison = _mm256_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_loadu_ps(v + 8 * i);
+    most = _mm256_max_ps(absolute(x[i]), most);
+    poison = _mm256_add_ps(poison, _mm256_mul_ps(x[i], _mm256_setzero_ps()));
+  }
+  if (_mm256_movemask_ps(_mm256_cmp_ps(poison, _mm256_setzero_ps(), _CMP_NEQ_UQ))) {
+    memset(q, 0, kStepCols);
+    sums[0] = sums[1] = 0;
+    return __builtin_nanf("");
+  }
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  float largest = _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  __m256 inverse = _mm256_set1_ps(largest > 1e-36f ? 127.0f / largest : 0.0f);
+  __m256i c[4];
+  for (int i = 0; i < 4; ++i) c[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x[i], inverse));
+  for (int g = 0; g < 2; ++g) {
+    __m256i sum = _mm256_add_epi32(c[2 * g], c[2 * g + 1]);
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+    sums[g] = static_cast<int16_t>(_mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 1));
+  }
+  // Packing works in halves of a register: four values of each quarter lie together.
+  __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+  bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+  return largest / 127.0f;
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
@@ -215,6 +243,13 @@ bool supported() {
 
 }  // namespace
 
-extern constexpr Kernels kAvx2 = make_kernels<Avx2>("avx2", supported);
+constexpr Kernels with_own() {
+  Kernels k = make_kernels<Avx2>("avx2", supported);
+  k.quantize_block = quantize_block<quantize_step_avx2>;
+  fill_panels<0>(k);
+  return k;
+}
+
+extern constexpr Kernels kAvx2 = with_own();
 
 }  // namespace moepack

@@ -12,7 +12,7 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kTokens = 4, kByteTokens = 4;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpands = true;
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }

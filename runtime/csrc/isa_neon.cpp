@@ -17,7 +17,7 @@ struct Neon {
   struct Floats { float32x4_t a[4]; };
   using Partial = Ints;
   static constexpr int kTokens = 2, kByteTokens = 4;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpands = true;
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) {
     return R{{f(0), f(1), f(2), f(3)}};

@@ -14,7 +14,7 @@ struct Portable {
   using Partial = Ints;
   using Floats = FloatWords;
   static constexpr int kTokens = 1, kByteTokens = 4;
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kExpands = true;
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {
     T v;

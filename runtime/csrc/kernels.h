@@ -21,16 +21,33 @@ constexpr int kStepCols = 32;
 
 constexpr int kMaxTokens = 4;  // tokens that share one walk over a tile
 
+// The int8 activations of many tokens. T: tokens, G: inputs of a scheme's group, at most 64.
+struct Panel {
+  int8_t* q;     // [C / 32][T][32]
+  float* step;   // [C / 32][T]
+  float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs
+  int64_t tokens, group;
+};
+
 // 16 outputs of each token: y[n * 16 + r] = sum over inputs of weight[r][c] * rows[n][c].
 using TileFn = void (*)(const uint8_t* tile, int64_t blocks, const Row* rows, float* y);
+
+// Tokens that one walk over a panel's tile takes, at most: what they need stays in the first cache.
+constexpr int64_t kPanelTokens = 128;
+
+// 16 outputs of `count` tokens from `first` on: y[n * stride + r].
+using PanelFn = void (*)(const uint8_t* tile, int64_t blocks, const Panel& x, int64_t first,
+                         int64_t count, float* y, int64_t stride);
 
 struct Kernels {
   const char* name;
   bool (*supported)();
   // [scheme][0: float activations, 1: int8][1, 2 or 4 tokens]
   TileFn tile[kSchemes][2][3];
-  // For many tokens at int8 activations: a tile with a byte for each code, and walks over that. NULL
-  // where codes are bytes anyway. A code block has 1024 bytes then.
+  // For many tokens at int8 activations, where an instruction set has it.
+  PanelFn panel_tile[kSchemes];
+  // And where it has not: a tile with a byte for each code, and walks over that. NULL where codes are
+  // bytes anyway. A code block has 1024 bytes then.
   void (*expand_tile[kSchemes])(const uint8_t* tile, int64_t blocks, uint8_t* out);
   TileFn expanded[kSchemes][3];
   // Fill one block of a row from up to 64 values; what is missing is zero.

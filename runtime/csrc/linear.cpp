@@ -1,7 +1,8 @@
 // One packed matrix: times a few tokens, or decoded to dense rows.
+#include <algorithm>
 #include <cstring>
 
-#include "scratch.h"
+#include "inputs.h"
 #include "threads.h"
 
 namespace {
@@ -23,29 +24,35 @@ int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
 
   static thread_local Scratch scratch;
   bool int8 = uses_int8(scheme, mode);
-  scratch.reset(tokens * (row_nbytes(cols) + Scratch::rounded(sizeof(Row))));
-  Row* inputs = scratch.take<Row>(tokens);
-  for (int64_t t = 0; t < tokens; ++t) {
-    inputs[t] = take_row(scratch, cols);
-    fill_row(x + t * cols, cols, int8, !int8, inputs[t]);
-  }
+  scratch.reset(Inputs::nbytes(scheme, int8, !int8, tokens, cols));
+  Inputs inputs(scratch, scheme, int8, !int8, tokens, cols);
+  constexpr int64_t together = 8;
+  for_chunks(threads, ceil_div(tokens, together), [&](int64_t chunk) {
+    for (int64_t t = chunk * together; t < std::min(tokens, (chunk + 1) * together); ++t)
+      inputs.fill(t, x + t * cols, cols);
+  });
   int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
   int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
-  Walks walks{scheme, int8, blocks, tokens};
   int64_t each = chunk_pieces(tile_nbytes, tiles, threads);
   for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
     static thread_local Scratch own;
-    own.reset(Scratch::rounded(tokens * kTileRows * 4) + walks.buffer_nbytes());
-    float* out = own.take<float>(tokens * kTileRows);
-    uint8_t* buffer = own.take<uint8_t>(walks.buffer_nbytes());
-    int64_t end = (chunk + 1) * each < tiles ? (chunk + 1) * each : tiles;
-    for (int64_t tile = chunk * each; tile < end; ++tile) {
-      walks.run(packed + tile * tile_nbytes, inputs, buffer, out, kTileRows);
-      int64_t first = tile * kTileRows, count = rows - first < kTileRows ? rows - first : kTileRows;
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < count; ++r)
-          y[t * rows + first + r] = out[t * kTileRows + r] + (bias ? bias[first + r] : 0.0f);
-    }
+    int64_t most = std::min(tokens, kPanelTokens);
+    own.reset(Scratch::rounded(most * kTileRows * 4) +
+              inputs.buffer_nbytes(scheme, int8, blocks, most));
+    float* out = own.take<float>(most * kTileRows);
+    uint8_t* buffer = own.take<uint8_t>(0);
+    int64_t end = std::min(tiles, (chunk + 1) * each);
+    // Tokens outermost: what a chunk reads of them stays in the second cache.
+    for (int64_t t = 0; t < tokens; t += kPanelTokens)
+      for (int64_t tile = chunk * each; tile < end; ++tile) {
+        int64_t here = std::min(kPanelTokens, tokens - t);
+        inputs.walk(scheme, int8, packed + tile * tile_nbytes, blocks, t, here, buffer, out,
+                    kTileRows);
+        int64_t first = tile * kTileRows, count = std::min<int64_t>(rows - first, kTileRows);
+        for (int64_t i = 0; i < here; ++i)
+          for (int64_t r = 0; r < count; ++r)
+            y[(t + i) * rows + first + r] = out[i * kTileRows + r] + (bias ? bias[first + r] : 0.0f);
+      }
   });
   return MOEPACK_OK;
 }

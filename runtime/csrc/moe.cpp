@@ -4,8 +4,9 @@
 // Letters: H hidden size, I intermediate size, E experts of this token.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
-#include "scratch.h"
+#include "inputs.h"
 #include "threads.h"
 
 namespace {
@@ -35,12 +36,12 @@ void add_bias(float* values, const uint8_t* bias, int64_t tile) {
 
 // What one chunk of work needs besides its inputs.
 struct Room {
-  float* values;     // [tokens, 64]: outputs of gate, then the intermediate
-  float* up;         // [tokens, 16]
-  uint8_t* buffer;   // see Walks
+  float* values;     // [tokens, 64]: the intermediate
+  float *gate, *up;  // [tokens, 16]
+  uint8_t* buffer;   // see Inputs
   static int64_t nbytes(int64_t tokens, int64_t buffer) {
-    return Scratch::rounded(tokens * kBlockCols * 4) + Scratch::rounded(tokens * kTileRows * 4) +
-           buffer;
+    return Scratch::rounded(tokens * kBlockCols * 4) +
+           2 * Scratch::rounded(tokens * kTileRows * 4) + buffer;
   }
 };
 
@@ -49,50 +50,55 @@ Room take_room(int64_t tokens, int64_t buffer) {
   scratch.reset(Room::nbytes(tokens, buffer));
   Room room;
   room.values = scratch.take<float>(tokens * kBlockCols);
+  room.gate = scratch.take<float>(tokens * kTileRows);
   room.up = scratch.take<float>(tokens * kTileRows);
   room.buffer = scratch.take<uint8_t>(buffer);
   return room;
 }
 
+// Where a thread goes on at another expert's bytes, which no walk has asked for yet.
+void prefetch(const uint8_t* bytes) {
+  constexpr int64_t ahead = 6 << 10;  // what a walk asks for ahead, see tile.h
+  for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(bytes + i);
+}
+
 // 64 values of an expert's intermediate for some tokens, as inputs of down. The block is a multiple
 // of an int8 step, so the thread that computed it also quantizes it: one wait less.
-void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Row* x, Row* h,
-                        int64_t tokens) {
+void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Inputs& x,
+                        const Inputs& h, int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
   const uint8_t* bias = layer.bias(expert, at.first_bias);
-  Walks walks{at.first_scheme, uses_int8(at.first_scheme, layer.mode),
-              ceil_div(layer.hidden, kBlockCols), tokens};
-  Room room = take_room(tokens, walks.buffer_nbytes());
+  bool int8 = uses_int8(at.first_scheme, layer.mode);
+  int64_t blocks = ceil_div(layer.hidden, kBlockCols);
+  Room room = take_room(tokens, x.buffer_nbytes(at.first_scheme, int8, blocks, tokens));
   int64_t nbytes = kFormats[at.first_scheme].tile_nbytes(layer.hidden);
   int64_t count = std::min<int64_t>(layer.intermediate - block * kBlockCols, kBlockCols);
   for (int64_t i = 0; i * kTileRows < count; ++i) {
     // gate, up, gate, up, ...
     int64_t tile = (block * (kBlockCols / kTileRows) + i) * (layer.gated ? 2 : 1);
-    float* gate = room.values + i * kTileRows;
-    const uint8_t* packed = layer.records[expert] + at.first + tile * nbytes;
-    walks.run(packed, x, room.buffer, gate, kBlockCols);
-    if (layer.gated) walks.run(packed + nbytes, x, room.buffer, room.up, kTileRows);
+    for (int64_t part = 0; part < (layer.gated ? 2 : 1); ++part)
+      x.walk(at.first_scheme, int8, layer.records[expert] + at.first + (tile + part) * nbytes, blocks,
+             0, tokens, room.buffer, part == 0 ? room.gate : room.up, kTileRows);
     for (int64_t t = 0; t < tokens; ++t) {
-      float *g = gate + t * kBlockCols, *up = layer.gated ? room.up + t * kTileRows : nullptr;
-      add_bias(g, bias, tile);
-      if (up) add_bias(up, bias, tile + 1);
-      kernels().activate(layer.activation, g, up, g);
+      float *gate = room.gate + t * kTileRows, *up = room.up + t * kTileRows;
+      add_bias(gate, bias, tile);
+      if (layer.gated) add_bias(up, bias, tile + 1);
+      kernels().activate(layer.activation, gate, layer.gated ? up : nullptr,
+                         room.values + t * kBlockCols + i * kTileRows);
     }
   }
-  bool int8 = uses_int8(at.down_scheme, layer.mode);
-  for (int64_t t = 0; t < tokens; ++t)
-    (int8 ? kernels().quantize_block : kernels().copy_block)(room.values + t * kBlockCols, count,
-                                                             h[t], block);
+  for (int64_t t = 0; t < tokens; ++t) h.fill_block(t, block, room.values + t * kBlockCols, count);
 }
 
 // 16 outputs of an expert for some tokens, [tokens, 16].
-float* down_tile(const Layer& layer, int64_t expert, int64_t tile, const Row* h, int64_t tokens) {
+float* down_tile(const Layer& layer, int64_t expert, int64_t tile, const Inputs& h, int64_t tokens) {
   const moepack_layout& at = *layer.layouts[expert];
-  Walks walks{at.down_scheme, uses_int8(at.down_scheme, layer.mode),
-              ceil_div(layer.intermediate, kBlockCols), tokens};
-  Room room = take_room(tokens, walks.buffer_nbytes());
+  bool int8 = uses_int8(at.down_scheme, layer.mode);
+  int64_t blocks = ceil_div(layer.intermediate, kBlockCols);
+  Room room = take_room(tokens, h.buffer_nbytes(at.down_scheme, int8, blocks, tokens));
   int64_t nbytes = kFormats[at.down_scheme].tile_nbytes(layer.intermediate);
-  walks.run(layer.records[expert] + at.down + tile * nbytes, h, room.buffer, room.up, kTileRows);
+  h.walk(at.down_scheme, int8, layer.records[expert] + at.down + tile * nbytes, blocks, 0, tokens,
+         room.buffer, room.up, kTileRows);
   for (int64_t t = 0; t < tokens; ++t)
     add_bias(room.up + t * kTileRows, layer.bias(expert, at.down_bias), tile);
   return room.up;
@@ -134,21 +140,35 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   for (int64_t e = 0; e < count; ++e)
     (uses_int8(layouts[e]->first_scheme, mode) ? int8 : floats) = true;
   static thread_local Scratch scratch;
-  scratch.reset(row_nbytes(hidden) + count * row_nbytes(intermediate) +
-                Scratch::rounded(count * static_cast<int64_t>(sizeof(Row))));
-  Row* h = scratch.take<Row>(count);  // [E] of [I]
-  Row input = take_row(scratch, hidden);
-  fill_row(x, hidden, int8, floats, input);
-  for (int64_t e = 0; e < count; ++e) h[e] = take_row(scratch, intermediate);
+  static thread_local std::vector<Inputs> h;  // [E] of [I]
+  int64_t nbytes = Inputs::nbytes(0, int8, floats, 1, hidden);
+  auto down_int8 = [&](int64_t e) { return uses_int8(layouts[e]->down_scheme, mode); };
+  for (int64_t e = 0; e < count; ++e)
+    nbytes += Inputs::nbytes(layouts[e]->down_scheme, down_int8(e), !down_int8(e), 1, intermediate);
+  scratch.reset(nbytes);
+  Inputs input(scratch, 0, int8, floats, 1, hidden);
+  input.fill(0, x, hidden);
+  h.clear();
+  for (int64_t e = 0; e < count; ++e)
+    h.emplace_back(scratch, layouts[e]->down_scheme, down_int8(e), !down_int8(e), 1, intermediate);
 
-  int64_t blocks = ceil_div(intermediate, kBlockCols), units = count * blocks, nbytes = 0;
+  const Inputs* hs = h.data();  // a thread_local is another one on the other threads
+  int64_t blocks = ceil_div(intermediate, kBlockCols), units = count * blocks;
+  nbytes = 0;
   for (int64_t e = 0; e < count; ++e) nbytes += layouts[e]->down - layouts[e]->first;
   int64_t each = count == 0 ? 1 : chunk_pieces(ceil_div(nbytes, units), units, threads);
   for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
-    for (int64_t u = chunk * each; u < end; ++u)
-      intermediate_block(layer, u / blocks, u % blocks, &input, &h[u / blocks], 1);
+    for (int64_t u = chunk * each; u < end; ++u) {
+      int64_t e = u / blocks;
+      if (u + 1 < end && (u + 1) / blocks != e) prefetch(records[e + 1] + layouts[e + 1]->first);
+      intermediate_block(layer, e, u % blocks, input, hs[e], 1);
+    }
   });
+  auto down_at = [&](int64_t e, int64_t tile) {
+    const moepack_layout& at = *layouts[e];
+    return records[e] + at.down + tile * kFormats[at.down_scheme].tile_nbytes(intermediate);
+  };
   // Every output is summed by one thread in the order of the experts: the same bits for any number
   // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
   int64_t tiles = ceil_div(hidden, kTileRows), tile_nbytes = 0;
@@ -162,7 +182,8 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
       for (int64_t r = begin * kTileRows; r < last; ++r) y[r] = 0.0f;
     for (int64_t e = 0; e < count; ++e)
       for (int64_t t = begin; t < end; ++t) {
-        const float* out = down_tile(layer, e, t, &h[e], 1);
+        if (t + 1 == end && e + 1 < count) prefetch(down_at(e + 1, begin));
+        const float* out = down_tile(layer, e, t, hs[e], 1);
         int64_t rows = hidden - t * kTileRows < kTileRows ? hidden - t * kTileRows : kTileRows;
         float* to = (outputs ? outputs + e * hidden : y) + t * kTileRows;
         for (int64_t r = 0; r < rows; ++r) {
@@ -199,18 +220,16 @@ int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layou
   Layer layer{&record, &layout, hidden, intermediate, *activation, gated != 0, mode};
   if (int32_t refusal = check(layer, 1)) return refusal;
 
-  bool int8 = uses_int8(layout->first_scheme, mode);
+  bool int8 = uses_int8(layout->first_scheme, mode), down_int8 = uses_int8(layout->down_scheme, mode);
   static thread_local Scratch scratch;
-  scratch.reset(count * (row_nbytes(hidden) + row_nbytes(intermediate)) +
-                2 * Scratch::rounded(count * static_cast<int64_t>(sizeof(Row))));
-  Row *inputs = scratch.take<Row>(count), *h = scratch.take<Row>(count);
-  for (int64_t i = 0; i < count; ++i) {
-    inputs[i] = take_row(scratch, hidden), h[i] = take_row(scratch, intermediate);
-  }
+  scratch.reset(Inputs::nbytes(layout->first_scheme, int8, !int8, count, hidden) +
+                Inputs::nbytes(layout->down_scheme, down_int8, !down_int8, count, intermediate));
+  Inputs inputs(scratch, layout->first_scheme, int8, !int8, count, hidden);
+  Inputs h(scratch, layout->down_scheme, down_int8, !down_int8, count, intermediate);
   constexpr int64_t together = 8;
   for_chunks(threads, ceil_div(count, together), [&](int64_t chunk) {
     for (int64_t i = chunk * together; i < std::min(count, (chunk + 1) * together); ++i)
-      fill_row(x + tokens[i] * hidden, hidden, int8, !int8, inputs[i]);
+      inputs.fill(i, x + tokens[i] * hidden, hidden);
   });
   for_chunks(threads, ceil_div(intermediate, kBlockCols), [&](int64_t block) {
     intermediate_block(layer, 0, block, inputs, h, count);

@@ -223,8 +223,8 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
-        if constexpr (std::is_same_v<D, Int8Dot<V>> && V::kPairs && S == Q2G16S4) {
-          V::template pair_of_groups<BYTES, N>(w, metadata, rows, half, high, base);
+        if constexpr (std::is_same_v<D, Int8Dot<V>> && V::kPairs && S == Q2G16S4 && !BYTES) {
+          V::template pair_of_groups<N>(w, metadata, rows, half, high, base);
           w += 2 * run, metadata += 2 * stored;
         } else {
           for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();

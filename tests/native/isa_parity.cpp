@@ -1,5 +1,6 @@
 // Every instruction set of this machine against portable C++, through the C interface alone: for
 // machines (or emulators) without Python and torch.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -35,13 +36,13 @@ void check(bool good, const char* isa, const char* what, int scheme) {
   std::printf("FAILED %s: %s, scheme %d\n", isa, what, scheme);
 }
 
-bool close(const std::vector<float>& a, const std::vector<float>& b) {
+bool close(const std::vector<float>& a, const std::vector<float>& b, double tolerance = 3e-6) {
   double difference = 0, norm = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     difference += (a[i] - b[i]) * static_cast<double>(a[i] - b[i]);
     norm += b[i] * static_cast<double>(b[i]);
   }
-  return std::sqrt(difference) <= 3e-6 * std::sqrt(norm);
+  return std::sqrt(difference) <= tolerance * std::sqrt(norm);
 }
 
 template <class F> auto with_isa(const char* isa, F&& compute) {
@@ -52,7 +53,7 @@ template <class F> auto with_isa(const char* isa, F&& compute) {
 void linear_and_decode(const char* isa, int scheme, int64_t rows, int64_t cols) {
   int64_t nbytes = moepack_packed_nbytes(scheme, rows, cols);
   auto packed = random_bytes(nbytes);
-  for (int64_t tokens : {1, 2, 5}) {
+  for (int64_t tokens : {1, 2, 5, 130}) {
     auto x = random_floats(tokens * cols), bias = random_floats(rows);
     for (int mode : {MOEPACK_FLOAT, MOEPACK_INT8}) {
       auto compute = [&] {
@@ -110,6 +111,94 @@ void experts(const char* isa, int scheme, int kind, int64_t hidden, int64_t inte
   }
 }
 
+moepack_step row_step(int op, int kind, int64_t size, float* out, const float* a, const float* b) {
+  moepack_step step{};
+  step.op = op, step.kind = kind;
+  for (int64_t& n : step.size) n = 1;
+  step.size[3] = size;
+  const void* data[] = {out, a, b};
+  for (int operand = 0; operand < 3; ++operand) {
+    step.data[operand] = const_cast<void*>(data[operand]);
+    step.stride[operand][3] = 1;
+  }
+  return step;
+}
+
+// Runs one step on each instruction set; `out` is what it writes.
+void tape_step(const char* isa, const char* what, const moepack_step& step, std::vector<float>& out,
+               double tolerance) {
+  auto compute = [&] {
+    std::fill(out.begin(), out.end(), 7.0f);
+    check(moepack_tape_run(&step, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, what, step.kind);
+    return out;
+  };
+  auto a = with_isa(isa, compute), b = with_isa("portable", compute);
+  check(close(a, b, tolerance), isa, what, step.kind);
+}
+
+// What stands between a recorded token's matrices: glue.h, lanes.h and the loops of tape.cpp.
+void tape(const char* isa, int64_t size) {
+  constexpr int kUnary = 20, kBinary = 6, kReduce = 3;
+  auto a = random_floats(size), b = random_floats(size);
+  std::vector<float> out(static_cast<size_t>(size));
+  for (int kind = 0; kind < kUnary; ++kind) {
+    auto x = a;
+    bool positive = kind == 4 || kind == 5 || kind == 8;  // sqrt, rsqrt, log
+    for (float& v : x) v = positive ? std::fabs(v) + 0.1f : v;
+    moepack_step step = row_step(MOEPACK_UNARY, kind, size, out.data(), x.data(), nullptr);
+    step.scalar[0] = -0.5, step.scalar[1] = 0.75;
+    tape_step(isa, "unary step", step, out, 1e-6);
+  }
+  for (int kind = 0; kind < kBinary; ++kind) {
+    moepack_step step = row_step(MOEPACK_BINARY, kind, size, out.data(), a.data(), b.data());
+    tape_step(isa, "binary step", step, out, 1e-7);
+    step.stride[2][3] = 0;  // the same second operand for all
+    tape_step(isa, "binary step, broadcast", step, out, 1e-7);
+    step.data[2] = nullptr, step.scalar[0] = 1.5;
+    tape_step(isa, "binary step, scalar", step, out, 1e-7);
+  }
+  std::vector<float> one(1);
+  for (int kind = 0; kind < kReduce; ++kind)
+    tape_step(isa, "reduction", row_step(MOEPACK_REDUCE, kind, size, one.data(), b.data(), nullptr),
+              one, 1e-5);
+  tape_step(isa, "softmax", row_step(MOEPACK_SOFTMAX, 0, size, out.data(), a.data(), nullptr), out,
+            1e-6);
+
+  constexpr int64_t rows = 5;
+  auto weights = random_floats(rows * size), bias = random_floats(rows);
+  std::vector<float> y(rows);
+  moepack_step dense = row_step(MOEPACK_DENSE, 0, 1, y.data(), a.data(), weights.data());
+  dense.data[3] = bias.data();
+  dense.stride[0][0] = rows, dense.stride[1][0] = dense.stride[2][0] = size;
+  dense.number[0] = 1, dense.number[1] = rows, dense.number[2] = size;
+  tape_step(isa, "dense", dense, y, 1e-5);
+}
+
+// Two heads of queries a key, a window, a sink and a bound on scores.
+void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, bool sinks) {
+  constexpr int64_t heads = 4, kv_heads = 2;
+  int64_t capacity = tokens + 3;
+  auto keys = random_floats(kv_heads * capacity * width);
+  auto values = random_floats(kv_heads * capacity * width);
+  auto query = random_floats(heads * width), key = random_floats(kv_heads * width);
+  auto value = random_floats(kv_heads * width), sink = random_floats(heads);
+  moepack_kv kv{keys.data(), values.data(), kv_heads, width, width, capacity, tokens - 1};
+  moepack_step append{};
+  append.op = MOEPACK_APPEND, append.extra = &kv;
+  append.data[1] = key.data(), append.data[2] = value.data();
+  for (int operand : {1, 2}) append.stride[operand][0] = width, append.stride[operand][1] = 1;
+  std::vector<float> out(static_cast<size_t>(heads * width));
+  moepack_step attend{};
+  attend.op = MOEPACK_ATTEND, attend.extra = &kv;
+  attend.data[0] = out.data(), attend.data[1] = query.data();
+  attend.data[3] = sinks ? sink.data() : nullptr;
+  attend.stride[0][0] = attend.stride[1][0] = width, attend.stride[1][1] = attend.stride[3][0] = 1;
+  attend.number[0] = heads, attend.number[1] = window;
+  attend.scalar[0] = 0.3, attend.scalar[1] = sinks ? 5.0 : 0.0;
+  check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, "append", 0);
+  tape_step(isa, "attention", attend, out, 1e-5);
+}
+
 }  // namespace
 
 int main() {
@@ -125,6 +214,9 @@ int main() {
       for (int kind = MOEPACK_SILU; kind <= MOEPACK_RELU2; ++kind)
         experts(isa, scheme, kind, 100, 80);
     }
+    for (int64_t size : {1, 7, 16, 40, 333}) tape(isa, size);
+    for (int64_t width : {24, 32, 128})
+      for (bool sinks : {false, true}) attention(isa, width, 19, sinks ? 6 : 0, sinks);
     std::printf("%s: done\n", isa);
   }
   auto packed = random_bytes(100);

@@ -37,6 +37,8 @@ def reference_layer(
 
 
 def check(adapter: Any, *specs: RecordSpec, exact: float = 1e-5, fast: float = 2e-2) -> None:
+    # Many tokens may sum in another order; a last bit can then move an intermediate's code by one,
+    # 1/127 of the largest near it. Linears, where nothing is rounded after, are held to 1e-5.
     x = torch.randn(adapter.hidden_size, generator=torch.Generator().manual_seed(5))
     arguments = layer(*specs)
     wanted = reference_layer(adapter, x, *arguments)
@@ -51,11 +53,16 @@ def check(adapter: Any, *specs: RecordSpec, exact: float = 1e-5, fast: float = 2
         for k in range(len(specs)):
             fused(x, records[k : k + 1], layouts[k : k + 1], weights[k : k + 1], parts[k : k + 1])
         assert torch.equal(fused.total(parts.unsqueeze(0))[0], got)
-        check_tokens(fused, adapter, *arguments)
+        check_tokens(fused, adapter, *arguments, bound=1e-5 if engine is EXACT else 1e-2)
 
 
 def check_tokens(
-    fused: Any, adapter: Any, records: list[Tensor], specs: list[RecordSpec], weights: Tensor
+    fused: Any,
+    adapter: Any,
+    records: list[Tensor],
+    specs: list[RecordSpec],
+    weights: Tensor,
+    bound: float,
 ) -> None:
     """Many tokens through one expert are as each of them alone; other rows are not touched."""
     x = torch.randn(11, adapter.hidden_size, generator=torch.Generator().manual_seed(6))
@@ -67,7 +74,7 @@ def check_tokens(
     assert torch.equal(outputs[untouched], torch.full((len(untouched), x.shape[1]), 7.0))
     for token, place, weight in zip(tokens, places, scale, strict=True):
         alone = fused(x[token], records[:1], specs[:1], weight.view(1))
-        assert relative(outputs[place], alone) < 1e-5
+        assert relative(outputs[place], alone) < bound
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -20,7 +20,7 @@ def test_products_equal_the_reference(isa: str, name: str, shape: tuple[int, int
     data = packed(scheme, *shape)
     weight = reference.decode_matrix(data, scheme, shape, torch.float32).double()
     bias = torch.randn(shape[0])
-    for tokens in (1, 2, 3, 9):
+    for tokens in (1, 2, 3, 9, 131):
         x = torch.randn(tokens, shape[1])
         for int8 in (False, True):
             seen = as_int8(x) if int8 and not scheme.is_raw else x

@@ -29,8 +29,8 @@ def remote_pack(repo_id: str, revision: str | None = None) -> Iterator[Pack]:
     """Open a pack on the Hub for what its manifest and its headers tell.
 
     The headers are put into files that are holes otherwise, so that everything that is checked of
-    a pack on the disk is checked here; the records read as zeros. Where the Hub
-    cannot be reached, what the Hub cache holds is opened instead.
+    a pack on the disk is checked here; the records read as zeros. Where the Hub cannot be reached,
+    what the Hub cache holds is opened instead.
 
     Args:
         repo_id: ``org/name``.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,11 +72,8 @@ def test_killed_in_the_middle_of_the_data(
     resent = []
     for tenth in range(10):
         with fresh(tmp_path / str(tenth), mode) as client:
-            process = client.start("push", large, "me/pack")
-            while process.poll() is None and received(client) <= sum(sizes) * tenth / 10:
-                time.sleep(0.002)
-            process.kill()
-            process.communicate()
+            limit = sum(sizes) * tenth / 10
+            killed_after(client, received, limit, "push", large, "me/pack")
             client.ok("push", large, "me/pack")
             resent.append((received(client) - sum(sizes)) / max(sizes))
         shutil.rmtree(tmp_path / str(tenth))
@@ -99,17 +97,24 @@ def test_pulls_killed_in_the_middle_of_the_data(
         for tenth in range(10):
             client.hub.forget()
             out = tmp_path / str(tenth)
-            process = client.start("pull", "me/pack", out)
-            while process.poll() is None and fetched(client) <= sum(sizes) * tenth / 10:
-                time.sleep(0.002)
-            process.kill()
-            process.communicate()
+            killed_after(client, fetched, sum(sizes) * tenth / 10, "pull", "me/pack", out)
             client.ok("pull", "me/pack", out)
             again.append((fetched(client) - sum(sizes)) / max(sizes))
             assert files_of(out) == files_of(large)
             shutil.rmtree(out)
     print(f"{mode}: files fetched again {[round(files, 2) for files in again]}")
     assert max(again) <= OVERHEAD
+
+
+def killed_after(
+    client: Client, moved: Callable[[Client], int], limit: float, *arguments: object
+) -> None:
+    """Run a command, and kill it when more than ``limit`` bytes have moved."""
+    process = client.start(*arguments)
+    while process.poll() is None and moved(client) <= limit:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
 
 
 def fetched(client: Client) -> int:

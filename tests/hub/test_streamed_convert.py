@@ -93,16 +93,16 @@ def test_convert_without_storing_the_source(client: Client, source: Path, tmp_pa
     assert streamed == local
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "fetches"),
     [
         ((), 5),
         # The losses of every expert are measured before, and calibration comes before that.
-        pytest.param(("--expert-bits", "2.7"), 10, marks=pytest.mark.slow),
-        pytest.param(
+        (("--expert-bits", "2.7"), 10),
+        (
             ("--expert-bits", "2.7", "--quantizer", "gptq", "--calibrate", TEXT),
             16,  # and the last shard for norm and head, with which calibration begins
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["plain", "mixed", "calibrated"],

@@ -16,9 +16,7 @@ token, H hidden size, I intermediate size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from moepack.convert.checkpoint import Checkpoint
 from moepack.convert.mapping import WeightMapping
 from moepack.convert.meta_model import build_meta_model, stored_dtype
+from moepack.layer_stops import BatchThread, HandOver
 from moepack_formats.errors import UsageError
 from moepack_runtime.experts import (
     IMPLEMENTATION,
@@ -143,13 +142,13 @@ class StreamedModel:
             self._pass(threads, progress)
 
     @contextlib.contextmanager
-    def _threads(self, batches: Sequence[Tensor]) -> Iterator[list[_Batch]]:
+    def _threads(self, batches: Sequence[Tensor]) -> Iterator[list[BatchThread]]:
         """A thread per batch; and the decoder layers hand their calls over."""
-        threads = [_Batch(self.model, ids) for ids in batches]
+        threads = [BatchThread(self.model, ids) for ids in batches]
         self._own = {name: module.forward for name, module in self._layers.items()}
         try:
             for name, module in self._layers.items():
-                cast(Any, module).forward = _Stop(name)
+                cast(Any, module).forward = HandOver(name)
             yield threads
         finally:
             for thread in threads:
@@ -157,7 +156,7 @@ class StreamedModel:
             for module in self._layers.values():
                 module.__dict__.pop("forward", None)
 
-    def _pass(self, threads: Sequence[_Batch], progress: Callable[[int], Any] | None) -> None:
+    def _pass(self, threads: Sequence[BatchThread], progress: Callable[[int], Any] | None) -> None:
         """Bring all batches through all decoder layers."""
         asked = [thread.start() for thread in threads]
         passed = 0
@@ -270,116 +269,6 @@ class _Experts:
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return self._streamed.compute(self._layer, self._adapter, hidden, index, weights)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A decoder layer's call that waits to be made."""
-
-    layer: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Stopped(BaseException):
-    """Ends a batch's thread in the middle of ``forward``."""
-
-
-_current = threading.local()
-
-
-class _Stop:
-    """Stands in for a decoder layer's ``forward``: hands the call to the main thread."""
-
-    def __init__(self, layer: str) -> None:
-        self._layer = layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch: _Batch = _current.batch
-        return batch.ask(_Call(self._layer, args, kwargs))
-
-
-class _Batch:
-    """A batch's own thread; it and the main thread take turns."""
-
-    def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self._model, self._ids = model, ids
-        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._call: _Call | None = None
-        self._answer: Any = None
-        self._error: BaseException | None = None
-        self._stopping = False
-        self._logits: Tensor | None = None
-        self._hold_logits = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._work, name="moepack-batch", daemon=True)
-
-    def start(self) -> _Call | None:
-        """Run to the first decoder layer; None when there is none."""
-        self._thread.start()
-        return self._wait()
-
-    def answer(self, value: Any) -> _Call | None:
-        """Give the decoder layer's result, and run to the next; None when there is none."""
-        self._answer, self._call = value, None
-        self._mine.release()
-        return self._wait()
-
-    def logits(self) -> Tensor:
-        """What the model returned; the thread computes it now."""
-        self._mine.release()
-        self._wait()
-        if self._logits is None:
-            raise UsageError("the model returns no logits", where=type(self._model).__name__)
-        logits, self._logits = self._logits, None
-        return logits.to(torch.float32)
-
-    def stop(self) -> None:
-        """End the thread, wherever it is."""
-        if self._thread.is_alive():
-            self._stopping = True
-            self._mine.release()
-            self._thread.join()
-
-    def ask(self, call: _Call) -> Any:
-        """From the batch's thread: have a call made."""
-        self._call = call
-        self._pause()
-        answer, self._answer = self._answer, None
-        return answer
-
-    def _pause(self) -> None:
-        self._theirs.release()
-        self._mine.acquire()
-        if self._stopping:
-            raise _Stopped
-
-    def _wait(self) -> _Call | None:
-        self._theirs.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._call
-
-    def _work(self) -> None:
-        _current.batch = self
-        head = self._model.get_output_embeddings()  # type: ignore[operator]
-        # Logits are large: those of a batch are made when it is their turn to be read.
-        hook = head.register_forward_pre_hook(self._before_head) if head is not None else None
-        try:
-            with torch.no_grad():
-                self._logits = self._model(self._ids, use_cache=False).logits
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            if hook is not None:
-                hook.remove()
-            self._theirs.release()
-
-    def _before_head(self, *_: Any) -> None:
-        if getattr(_current, "batch", None) is self:
-            self._call = None
-            self._pause()
 
 
 def _decoder_layers(model: nn.Module, adapters: Sequence[ExpertsAdapter]) -> dict[str, nn.Module]:

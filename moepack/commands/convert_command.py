@@ -120,6 +120,8 @@ def command(
         if dry_run:
             _print_plan(plan, out, as_json)
             return
+        if plan.checkpoint.staged_nbytes:
+            say(f"moepack: disk: {_disk(plan, out)}")
         if verbose:
             _say_details(plan)
         progress = _Bar()
@@ -167,9 +169,9 @@ class _Bar:
 
 
 def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
-    from moepack.convert.output_folder import free_nbytes
+    from moepack_runtime.disk import free_nbytes
 
-    sizes, free = plan.sizes, free_nbytes(out)
+    sizes = plan.sizes
     experts = sum(layer.num_experts for layer in plan.layers)
     values = {
         "model_type": plan.model.config.model_type,
@@ -180,7 +182,7 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
         **_sizes_json(sizes),
         "disk_needed": plan.nbytes + plan.checkpoint.staged_nbytes,
         "disk_staged": plan.checkpoint.staged_nbytes,
-        "disk_free": free,
+        "disk_free": free_nbytes(out),
         "memory_needed": plan.memory_nbytes,
         "kept": {linear.name: linear.reason for linear in plan.kept},
         "unused_tensors": list(plan.mapping.unexpected),
@@ -190,13 +192,19 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
         return
     click.echo(f"{values['architecture']}, {experts} experts in {len(plan.layers)} MoE layers")
     _print_sizes(sizes, ", ".join(plan.expert_schemes))
+    click.echo(f"disk    {_disk(plan, out)}")
+    click.echo(f"memory  about {format_size(plan.memory_nbytes)} at the peak")
+    _say_details(plan)
+
+
+def _disk(plan: ConversionPlan, out: Path) -> str:
+    from moepack_runtime.disk import free_nbytes
+
     staged = plan.checkpoint.staged_nbytes
     needed = f"{format_size(plan.nbytes + staged)} needed"
     if staged:
         needed += f" ({format_size(staged)} of it for shards of the source, gone afterwards)"
-    click.echo(f"disk    {needed}, {format_size(free)} free")
-    click.echo(f"memory  about {format_size(plan.memory_nbytes)} at the peak")
-    _say_details(plan)
+    return f"{needed}, {format_size(free_nbytes(out))} free"
 
 
 def _say_details(plan: ConversionPlan) -> None:

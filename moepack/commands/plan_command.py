@@ -48,8 +48,8 @@ def command(
     """
     set_up(verbose)
     from moepack.convert.checkpoint import source_config
-    from moepack.convert.output_folder import free_nbytes
     from moepack.convert.sizing import Machine, best, disk_speed, memory_speed, recipes, sizes_of
+    from moepack_runtime.disk import free_nbytes
     from moepack_runtime.memory import default_budget
 
     sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits)

@@ -15,7 +15,6 @@ from moepack_formats.journal import JOURNAL_NAME
 from moepack_formats.manifest import MANIFEST_NAME
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
-from moepack_runtime.options import format_size
 
 LOCK_NAME = ".moepack-lock"
 STAGE_NAME = ".moepack-source"
@@ -149,32 +148,3 @@ def clear_old_pack(folder: Path) -> None:
         for path in old_files(folder):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / STAGE_NAME, ignore_errors=True)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Args:
-        folder: The output folder; its nearest existing parent counts.
-        needed: Bytes that are still to be written.
-
-    Raises:
-        ResourceError: There is less free space.
-    """
-    free = free_nbytes(folder)
-    if free < needed:
-        raise ResourceError(
-            "not enough free disk space",
-            where=folder,
-            wanted=format_size(needed),
-            got=f"{format_size(free)} free",
-            remedy="free some space or choose another folder",
-        )
-
-
-def free_nbytes(folder: Path) -> int:
-    """Free bytes on the disk that holds ``folder``, or that would hold it."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free

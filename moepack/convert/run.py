@@ -37,6 +37,7 @@ from moepack_formats.schemes import get_scheme
 from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
+from moepack_runtime.disk import check_space
 
 from .calibrated import (
     calibrate,
@@ -52,7 +53,6 @@ from .options import scheme_of_bits
 from .output_folder import (
     STAGE_NAME,
     check_apart,
-    check_space,
     check_usable,
     clear_old_pack,
     locked,

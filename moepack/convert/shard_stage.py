@@ -1,8 +1,9 @@
 """Shards of a checkpoint on the Hub, on the disk for only as long as they are needed.
 
-A shard is fetched when the first of its tensors is read. Once the last MoE layer with experts in it
-is done, only the rest of it stays: a file with holes, in which the tensors of the trunk keep their
-places. So every shard is fetched once, and its sha256 is compared before anything is read of it.
+A shard is fetched when the first of its tensors is read, and its sha256 is compared before that.
+Once the last MoE layer with experts in it is done, only the rest of it stays: a file with holes, in
+which the tensors of the trunk keep their places. So every shard is fetched once, or once for each
+time that all experts are read: calibration, and the choice of schemes, come before the conversion.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from moepack_formats import osio
 from moepack_formats.manifest import FileEntry
-from moepack_runtime.hub.fetch import Place, check_sha256, fetch_checked
+from moepack_runtime.hub.fetch import Place, check_sha256, fetch_checked, remove_unfinished
 from moepack_runtime.hub.progress import Quiet
 from moepack_runtime.hub.remote import RemoteRepo
 
@@ -80,6 +81,7 @@ class ShardStage:
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
         self._whole: set[str] = set()
+        self._layer = -1
 
     def plan(self, schedule: Schedule) -> None:
         """Say when shards are needed; without it each stays once it is fetched."""
@@ -91,7 +93,7 @@ class ShardStage:
         Args:
             data: Where they go, ``span.nbytes`` long.
             span: Which bytes.
-            layer: The MoE layer they are for; None for the trunk, which comes last.
+            layer: The MoE layer they are for; None for the trunk.
             where: For messages.
 
         Raises:
@@ -100,29 +102,56 @@ class ShardStage:
             ResourceError: The disk is full or cannot be read.
         """
         with self._lock:
-            self._drop_before(layer)
-            rest = self._rest(span.shard)
-            path = rest if layer is None and rest.exists() else self._fetch(span.shard)
+            shard = span.shard
+            path = self._for_trunk(shard) if layer is None else self._for_experts(shard, layer)
             with osio.io_errors(where):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 osio.read_at(descriptor, data, span.start, where)
             finally:
                 os.close(descriptor)
-            if layer is None and path != rest:
-                self._thin(span.shard)
 
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _drop_before(self, layer: int | None) -> None:
-        """Thin the shards whose last layer is done."""
+    def _for_experts(self, shard: str, layer: int) -> Path:
+        """Where to read an expert's tensor, without the shards of other layers."""
+        self._layer = layer
+        self._thin_all_but(layer)
+        return self._fetch(shard)
+
+    def _for_trunk(self, shard: str) -> Path:
+        """Where to read a tensor of the trunk: what is left of the shard, or all of it.
+
+        Calibration reads the trunk of a layer just before its experts, so a shard that is there is
+        left as it is. Where another one has to come, the experts before it have been read.
+        """
+        path, rest = self._path(shard), self._rest(shard)
+        if path.exists():
+            return self._fetch(shard)
+        if rest.exists():
+            return rest
+        self._thin_all_but(self._layer + 1)
+        self._fetch(shard)
+        if self._has_experts(shard, self._layer + 1):
+            return path
+        self._thin(shard)
+        return rest if rest.exists() else path
+
+    def _thin_all_but(self, layer: int) -> None:
+        """Thin the shards that hold no experts of a layer."""
         if self._schedule is None:
             return
-        for shard, last in self._schedule.last_layer.items():
-            if (layer is None or last < layer) and self._path(shard).exists():
+        for shard in self._schedule.last_layer:
+            if not self._has_experts(shard, layer) and self._path(shard).exists():
                 self._thin(shard)
+
+    def _has_experts(self, shard: str, layer: int) -> bool:
+        schedule = self._schedule
+        if schedule is None or shard not in schedule.last_layer:
+            return False
+        return schedule.first_layer[shard] <= layer <= schedule.last_layer[shard]
 
     def _fetch(self, shard: str) -> Path:
         path, facts = self._path(shard), self._remote.files[shard]
@@ -137,6 +166,7 @@ class ShardStage:
                 return path
         path.unlink(missing_ok=True)
         place = Place(self._folder / "incoming")
+        remove_unfinished(self._folder / "incoming")
         if facts.sha256 is None:
             arrived = self._remote.download(shard, folder=place.folder)
         else:

@@ -12,10 +12,11 @@ from pathlib import Path
 import zstandard
 
 from moepack_formats import osio
-from moepack_formats.errors import FormatError, IntegrityError
+from moepack_formats.errors import FormatError, IntegrityError, NetworkError
 from moepack_formats.manifest import MANIFEST_NAME
 from moepack_formats.pack import Pack
 from moepack_formats.tensor_file import MAX_HEADER_NBYTES
+from moepack_runtime.hub.cache import cached_pack
 from moepack_runtime.hub.listing import PackListing, list_pack
 from moepack_runtime.hub.remote import RemoteRepo
 
@@ -28,7 +29,8 @@ def remote_pack(repo_id: str, revision: str | None = None) -> Iterator[Pack]:
     """Open a pack on the Hub for what its manifest and its headers tell.
 
     The headers are put into files that are holes otherwise, so that everything that is checked of
-    a pack on the disk is checked here; the records read as zeros.
+    a pack on the disk is checked here; the records read as zeros. Where the Hub cannot be reached,
+    what the Hub cache holds is opened instead.
 
     Args:
         repo_id: ``org/name``.
@@ -38,14 +40,25 @@ def remote_pack(repo_id: str, revision: str | None = None) -> Iterator[Pack]:
         NetworkError: The Hub cannot be reached or refuses.
         FormatError: The repository holds no whole pack.
     """
-    listing = list_pack(RemoteRepo.at(repo_id, revision))
+    place: contextlib.AbstractContextManager[Path]
+    try:
+        place = _holes(list_pack(RemoteRepo.at(repo_id, revision)))
+    except NetworkError as error:
+        place = contextlib.nullcontext(cached_pack(repo_id, revision, error))
+    with place as folder, Pack(folder) as pack:
+        yield pack
+
+
+@contextlib.contextmanager
+def _holes(listing: PackListing) -> Iterator[Path]:
+    """A folder with the pack's files, of which only the headers are there."""
     with (
         osio.io_errors("temporary file"),
-        tempfile.TemporaryDirectory(prefix="moepack-") as folder,
+        tempfile.TemporaryDirectory(prefix="moepack-") as name,
     ):
-        _write_holes(listing, Path(folder))
-        with Pack(Path(folder)) as pack:
-            yield pack
+        folder = Path(name)
+        _write_holes(listing, folder)
+        yield folder
 
 
 def _write_holes(listing: PackListing, folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moepack.convert.output_folder import LOCK_NAME, check_space, locked
+from moepack.convert.output_folder import LOCK_NAME, locked
 from moepack_formats import osio
 from moepack_formats.errors import (
     IntegrityError,
@@ -22,14 +22,14 @@ from moepack_formats.errors import (
 from moepack_formats.manifest import MANIFEST_NAME, FileEntry
 from moepack_formats.pack import PULL_NAME, read_manifest
 from moepack_formats.paths import resolve_inside
-from moepack_runtime.hub.fetch import fetch_file, is_right
+from moepack_runtime.disk import check_space
+from moepack_runtime.hub.fetch import fetch_file, is_right, remove_unfinished
 from moepack_runtime.hub.listing import PackListing, layer_files, list_pack
 from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import RemoteRepo
 
 CARD_NAME = "README.md"
 _STATE_NAME = "pull.json"
-_MARGIN_NBYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def pull(
     had_pack = _check_usable(out)
     with locked(out):
         staging = out / PULL_NAME
+        remove_unfinished(staging)
         remote = _pinned(repo_id, revision, staging, progress, repair=repair)
         listing = list_pack(remote)
         if listing.ignored:
@@ -121,7 +122,7 @@ class _Pull:
                 self._progress.advance(self._listing.remote_nbytes(name))
             else:
                 missing.append(name)
-        check_space(self._out, self._needed(missing))
+        check_space(self._out, self._listing.room_for(missing))
         for name in missing:
             self._fetch(name)
         complete = len(wanted) == len(files)
@@ -130,13 +131,6 @@ class _Pull:
         nbytes = sum(self._listing.remote_nbytes(name) for name in missing)
         kept = len(wanted) - len(missing)
         return PullReport(self._listing.remote.commit, len(missing), kept, nbytes, complete)
-
-    def _needed(self, missing: list[str]) -> int:
-        """Bytes on the disk at the worst moment: a compressed file lies beside its expansion."""
-        listing = self._listing
-        packed = [listing.remote_nbytes(name) for name in missing if listing.is_compressed(name)]
-        sizes = sum(listing.manifest.files[name].size for name in missing)
-        return sizes + max(packed, default=0) + (_MARGIN_NBYTES if missing else 0)
 
     def _fetch(self, name: str) -> None:
         path = fetch_file(self._listing, name, self._progress, folder=self._staging)

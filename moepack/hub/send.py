@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+    http_backoff,
+)
 
 from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import LIBRARY
@@ -23,6 +29,8 @@ from moepack_runtime.hub.retry import retrying
 
 XET_SUFFIXES = (".safetensors", ".zst")
 """What the Hub always keeps as large files, so that it need not be asked."""
+_TOKEN_MARGIN = 60
+"""Seconds before its end at which a token is no longer used."""
 
 
 class Sender(Protocol):
@@ -108,15 +116,9 @@ class XetSender:
         self._session: Any = hf_xet.XetSession()
         self._others, self._repo_id, self._revision = others, repo_id, revision
         branch = quote(revision or constants.DEFAULT_REVISION, safe="")
-        headers = build_hf_headers(library_name=LIBRARY)
-        self._connection = {
-            "token_refresh_url": f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{branch}",
-            "token_refresh_headers": headers,
-            # Xet has tokens of its own: the Hub's must not go there.
-            "custom_headers": {
-                name: value for name, value in headers.items() if name.lower() != "authorization"
-            },
-        }
+        self._token_url = f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{branch}"
+        self._headers = build_hf_headers(library_name=LIBRARY)
+        self._token: _XetToken | None = None
 
     def send(self, path: Path, remote_name: str, progress: Share) -> CommitOperationAdd:
         """See :class:`Sender`."""
@@ -133,13 +135,27 @@ class XetSender:
     def _upload(self, path: Path, progress: Share) -> str:
         """Returns the sha256 of what was sent."""
         size = max(path.stat().st_size, 1)
+        # One token for many files: the Hub counts who asks for one.
+        if self._token is None or self._token.expires < time.time() + _TOKEN_MARGIN:
+            self._token = _xet_token(self._token_url, self._headers)
 
         def report(group: Any, _: object) -> None:
             progress.reach(group.total_bytes_completed / size)
 
         try:
             with self._session.new_upload_commit(
-                **self._connection, progress_callback=report
+                endpoint=self._token.endpoint,
+                token=self._token.token,
+                token_expiry_unix_secs=self._token.expires,
+                token_refresh_url=self._token_url,
+                token_refresh_headers=self._headers,
+                # Xet has tokens of its own: the Hub's must not go there.
+                custom_headers={
+                    name: value
+                    for name, value in self._headers.items()
+                    if name.lower() != "authorization"
+                },
+                progress_callback=report,
             ) as commit:
                 handle = commit.start_upload_file(str(path))
             sha256: str = handle.result().xet_info.sha256
@@ -147,6 +163,34 @@ class XetSender:
             self._session.sigint_abort()
             raise
         return sha256
+
+
+@dataclass(frozen=True)
+class _XetToken:
+    """What opens the Xet storage for a while; never shown.
+
+    Attributes:
+        endpoint: Where the storage is.
+        token: What it wants to see.
+        expires: Seconds since 1970.
+    """
+
+    endpoint: str
+    token: str = field(repr=False)
+    expires: int
+
+
+def _xet_token(url: str, headers: dict[str, str]) -> _XetToken:
+    response = http_backoff("GET", url, headers=headers)
+    hf_raise_for_status(response)
+    try:
+        return _XetToken(
+            response.headers[constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT],
+            response.headers[constants.HUGGINGFACE_HEADER_X_XET_ACCESS_TOKEN],
+            int(response.headers[constants.HUGGINGFACE_HEADER_X_XET_EXPIRATION]),
+        )
+    except (KeyError, ValueError) as error:
+        raise RuntimeError("the Hub's answer has no Xet token") from error
 
 
 class _Watched(CommitOperationAdd):

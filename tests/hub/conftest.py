@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub.hub_server import TOKEN, Hub
+from tests.hub.hub_store import HubStore
+from tests.hub.xet_server import XET_TOKEN
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("fast_moepack.py")
@@ -76,6 +78,7 @@ class Client:
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=1200)
         assert TOKEN not in out + err
+        assert XET_TOKEN not in out + err
         return Done(process.returncode, out, err)
 
     def ok(self, *arguments: object, **environment: str) -> str:
@@ -118,6 +121,23 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.hub.small_pack import make_small_pack
 
     return make_small_pack(tmp_path_factory.mktemp("pack") / "pack")
+
+
+@pytest.fixture(scope="session")
+def stock(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> HubStore:
+    """What a Hub holds to which the pack was pushed as ``me/pack``; tests copy it."""
+    folder = tmp_path_factory.mktemp("stock")
+    hub = Hub(folder / "hub")
+    Client(hub, folder / "home").ok("push", pack, "me/pack")
+    hub.close()
+    return hub.store
+
+
+@pytest.fixture
+def shared(client: Client, stock: HubStore) -> Client:
+    """A client whose Hub has the pack at ``me/pack``, as LFS objects."""
+    client.hub.store.copy_from(stock)
+    return client
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ Small files live in memory, large ones on the disk.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +99,11 @@ class HubStore:
         self.objects.mkdir(parents=True)
         self.rebuilt.mkdir()
         self.xet = XetStore(root / "xet")
+
+    def copy_from(self, other: HubStore) -> None:
+        """Begin with the repositories and LFS objects of another store."""
+        self.repos = copy.deepcopy(other.repos)
+        shutil.copytree(other.objects, self.objects, dirs_exist_ok=True)
 
     def create(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repo:
         first = Commit(

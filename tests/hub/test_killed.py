@@ -91,13 +91,37 @@ def test_killed_pull(pack: Path, tmp_path: Path, mode: str, points: tuple[int, .
             assert not (out / "moepack.json").exists()
             client.ok("pull", "me/pack", out)
             assert files_of(out) == files_of(pack)
-            parts = ("/resolve/", "/xet/fetch/")
-            got = [r for r in client.hub.requests if any(part in r.path for part in parts)]
-            contents = [r for r in got if r.nbytes_out and "moepack.json" not in r.path]
-            twice = Counter(r.path for r in contents)
-            assert sum(times - 1 for times in twice.values()) <= 1
-            large = [r for r in contents if "/xet/" in r.path or r.path.endswith(".safetensors")]
-            assert sum(r.nbytes_out for r in large) <= sum(sizes) + max(sizes)
+            check_at_most_one_twice(client, sizes)
+
+
+def check_at_most_one_twice(client: Client, sizes: list[int]) -> None:
+    """What was fetched with and after a kill: every file once, and perhaps one of them again."""
+    parts = ("/resolve/", "/xet/fetch/")
+    got = [r for r in client.hub.requests if any(part in r.path for part in parts)]
+    contents = [r for r in got if r.nbytes_out and "moepack.json" not in r.path]
+    twice = Counter(r.path for r in contents)
+    assert sum(times - 1 for times in twice.values()) <= 1
+    large = [r for r in contents if "/xet/" in r.path or r.path.endswith(".safetensors")]
+    assert sum(r.nbytes_out for r in large) <= sum(sizes) + max(sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_on_the_way_to_the_cache(pack: Path, tmp_path: Path, mode: str) -> None:
+    sizes = large_sizes(pack)
+    with fresh(tmp_path / "hub", mode) as client:
+        client.ok("push", pack, "me/pack")
+        client.hub.forget()
+        client.ok("verify", "me/pack")
+        count = len(client.hub.requests)
+        for point in spread(TEN, count):
+            client.hub.forget()
+            client.home = tmp_path / f"home-{point}"
+            killed_at(client, point, "verify", "me/pack")
+            client.ok("verify", "me/pack")
+            check_at_most_one_twice(client, sizes)
+            client.ok("verify", "me/pack", HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from moepack.commands.pull_command import parse_layers
 from moepack.convert.shard_stage import Schedule, Span
@@ -48,6 +49,36 @@ def test_what_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses == [1.0, 4.0, 10.0]
     for error in (OfflineModeIsEnabled("x"), LocalEntryNotFoundError("x"), ValueError("x")):
         assert not is_transient(error)
+
+
+def test_the_hub_says_how_long_to_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    answers = [
+        (
+            {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'},
+            56,
+        ),
+        ({"Retry-After": "20"}, 20),
+        ({"Retry-After": "86400"}, 310),
+        None,
+    ]
+    tries = iter(answers)
+
+    def ask() -> str:
+        answer = next(tries)
+        if answer is None:
+            return "done"
+        response = SimpleNamespace(status_code=429, headers=answer[0], request=None)
+        raise HfHubHTTPError("busy: https://hub/x?token=hf_secret", response=response)
+
+    assert retrying(ask, "me/pack") == "done"
+    assert pauses == [answer[1] for answer in answers if answer]
+    # Who waits so long is told why, without what the address holds.
+    assert "HTTP 429; trying again in 56 s" in caplog.text
+    assert "hf_secret" not in caplog.text
 
 
 def throw(error: Exception) -> None:

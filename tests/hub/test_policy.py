@@ -18,16 +18,15 @@ BOOM = b"open('BOOM', 'w').write('executed')\n"
 EVIL = ("../../evil.txt", "experts/../../evil.txt", "/etc/evil", "C:\\evil.txt", "a\\..\\evil")
 
 
-def test_code_and_pickles_are_left_there(client: Client, pack: Path, tmp_path: Path) -> None:
-    client.ok("push", pack, "me/pack")
-    client.hub.store.put("me/pack", {"evil.py": BOOM, "pytorch_model.bin": b"\x80\x04boom"})
-    client.hub.forget()
-    done = client.run("pull", "me/pack", tmp_path / "out")
+def test_code_and_pickles_are_left_there(shared: Client, pack: Path, tmp_path: Path) -> None:
+    shared.hub.store.put("me/pack", {"evil.py": BOOM, "pytorch_model.bin": b"\x80\x04boom"})
+    shared.hub.forget()
+    done = shared.run("pull", "me/pack", tmp_path / "out")
     assert done.code == 0, done.err
     assert "evil.py" in done.err
     assert files_of(tmp_path / "out") == files_of(pack)
-    assert not client.hub.downloads("evil.py")
-    assert not client.hub.downloads("pytorch_model.bin")
+    assert not shared.hub.downloads("evil.py")
+    assert not shared.hub.downloads("pytorch_model.bin")
 
 
 @pytest.mark.slow
@@ -35,6 +34,9 @@ def test_auto_map_is_not_followed(client: Client, own_pack: Path, tmp_path: Path
     config = json.loads((own_pack / "config.json").read_bytes())
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     replace_file(own_pack, "config.json", json.dumps(config).encode())
+    tokenizer = json.loads((own_pack / "tokenizer_config.json").read_bytes())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+    replace_file(own_pack, "tokenizer_config.json", json.dumps(tokenizer).encode())
     client.ok("push", own_pack, "me/pack")
     client.hub.store.put("me/pack", {"evil.py": BOOM})
     client.hub.forget()
@@ -48,13 +50,12 @@ def test_auto_map_is_not_followed(client: Client, own_pack: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["evil.py", "weights.pkl", *EVIL[1:3]])
 def test_a_manifest_that_lists_what_it_may_not(
-    client: Client, own_pack: Path, tmp_path: Path, name: str
+    shared: Client, own_pack: Path, tmp_path: Path, name: str
 ) -> None:
-    client.ok("push", own_pack, "me/pack")
     values = json.loads((own_pack / "moepack.json").read_bytes())
     values["files"][name] = {"size": len(BOOM), "sha256": hashlib.sha256(BOOM).hexdigest()}
-    client.hub.store.put("me/pack", {"moepack.json": json.dumps(values).encode(), name: BOOM})
-    line = client.fails(3, "pull", "me/pack", tmp_path / "deep" / "er" / "out")
+    shared.hub.store.put("me/pack", {"moepack.json": json.dumps(values).encode(), name: BOOM})
+    line = shared.fails(3, "pull", "me/pack", tmp_path / "deep" / "er" / "out")
     assert "not a valid pack" in line
     assert not list(tmp_path.rglob("evil*"))
 
@@ -69,27 +70,25 @@ def test_a_manifest_that_lists_what_it_may_not(
     ],
 )
 def test_a_damaged_manifest(
-    client: Client,
+    shared: Client,
     own_pack: Path,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], object],
     code: int,
     words: str,
 ) -> None:
-    client.ok("push", own_pack, "me/pack")
     values = json.loads((own_pack / "moepack.json").read_bytes())
     change(values)
-    client.hub.store.put("me/pack", {"moepack.json": json.dumps(values).encode()})
-    assert words in client.fails(code, "pull", "me/pack", tmp_path / "out")
+    shared.hub.store.put("me/pack", {"moepack.json": json.dumps(values).encode()})
+    assert words in shared.fails(code, "pull", "me/pack", tmp_path / "out")
     assert not (tmp_path / "out" / "moepack.json").exists()
 
 
-def test_a_repository_that_lists_files_outside(client: Client, pack: Path, tmp_path: Path) -> None:
-    client.ok("push", pack, "me/pack")
-    files = client.hub.store.repos["me/pack"].commits[-1].files
+def test_a_repository_that_lists_files_outside(shared: Client, pack: Path, tmp_path: Path) -> None:
+    files = shared.hub.store.repos["me/pack"].commits[-1].files
     for name in EVIL:
         files[name] = HubFile(len(BOOM), "0" * 40, data=BOOM)
-    client.ok("pull", "me/pack", tmp_path / "deep" / "er" / "out")
+    shared.ok("pull", "me/pack", tmp_path / "deep" / "er" / "out")
     assert not list(tmp_path.rglob("evil*"))
 
 
@@ -139,16 +138,15 @@ def test_model_card(client: Client, own_pack: Path, tmp_path: Path) -> None:
     assert repo.commits[-1].files["README.md"].data == b"mine"
 
 
-def test_a_branch(client: Client, own_pack: Path, pack: Path, tmp_path: Path) -> None:
-    client.ok("push", pack, "me/pack")
+def test_a_branch(shared: Client, own_pack: Path, pack: Path, tmp_path: Path) -> None:
     replace_file(own_pack, "config.json", (own_pack / "config.json").read_bytes() + b"\n")
-    client.ok("push", own_pack, "me/pack", "--revision", "v2")
-    client.ok("pull", "me/pack", tmp_path / "main")
-    client.ok("pull", "me/pack", tmp_path / "v2", "--revision", "v2")
+    shared.ok("push", own_pack, "me/pack", "--revision", "v2")
+    shared.ok("pull", "me/pack", tmp_path / "main")
+    shared.ok("pull", "me/pack", tmp_path / "v2", "--revision", "v2")
     assert files_of(tmp_path / "main") == files_of(pack)
     assert files_of(tmp_path / "v2") == files_of(own_pack)
-    commit = client.hub.store.repos["me/pack"].branches["v2"][-1].oid
-    client.ok("pull", "me/pack", tmp_path / "commit", "--revision", commit)
+    commit = shared.hub.store.repos["me/pack"].branches["v2"][-1].oid
+    shared.ok("pull", "me/pack", tmp_path / "commit", "--revision", commit)
     assert files_of(tmp_path / "commit") == files_of(own_pack)
 
 

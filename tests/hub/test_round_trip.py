@@ -9,6 +9,9 @@ from tests.hub.conftest import Client, files_of
 def test_round_trip(either: Client, pack: Path, tmp_path: Path) -> None:
     pushed = json.loads(either.ok("push", pack, "me/pack", "--json"))
     assert pushed["kept"] == 0
+    # The Hub counts who asks for a token: one serves all files.
+    asked = [r for r in either.hub.requests if "/xet-write-token/" in r.path]
+    assert len(asked) == (either.mode == "xet")
     out = tmp_path / "out"
     pulled = json.loads(either.ok("pull", "me/pack", out, "--json"))
     assert pulled["complete"]

@@ -39,13 +39,17 @@ def python(client: Client, code: str, *arguments: str, **environment: str) -> st
     return done.stdout
 
 
-def test_generate_from_a_hub_id_and_offline_after_that(client: Client, pack: Path) -> None:
-    client.ok("push", pack, "me/pack")
-    online = client.ok("generate", "me/pack", *GENERATE)
+def test_generate_from_a_hub_id_and_offline_after_that(shared: Client, pack: Path) -> None:
+    online = shared.ok("generate", "me/pack", *GENERATE)
     assert len(online) > len("And the king")
-    client.hub.forget()
-    assert client.ok("generate", "me/pack", *GENERATE, HF_HUB_OFFLINE="1") == online
-    assert not client.hub.requests
+    shared.hub.forget()
+    assert shared.ok("generate", "me/pack", *GENERATE, HF_HUB_OFFLINE="1") == online
+    looked = shared.ok("inspect", "me/pack", HF_HUB_OFFLINE="1")
+    assert not shared.hub.requests
+    assert looked == shared.ok("inspect", pack)
+    shared.hub.close()  # nobody knows beforehand that there is no network
+    assert shared.ok("inspect", "me/pack") == looked
+    assert "no such folder" not in shared.fails(6, "inspect", "me/other")
 
 
 @pytest.mark.slow
@@ -61,10 +65,9 @@ def test_the_same_text_from_everywhere(either: Client, pack: Path) -> None:
     assert either.ok("generate", "me/pack", *GENERATE) == local
 
 
-def test_from_pretrained_fetches_the_experts(client: Client, pack: Path) -> None:
-    client.ok("push", pack, "me/pack")
-    assert python(client, FROM_PRETRAINED, "me/pack")
-    snapshot = next(client.home.rglob("moepack.json")).parent
+def test_from_pretrained_fetches_the_experts(shared: Client, pack: Path) -> None:
+    assert python(shared, FROM_PRETRAINED, "me/pack")
+    snapshot = next(shared.home.rglob("moepack.json")).parent
     assert {name: (snapshot / name).read_bytes() for name in files_of(pack)} == files_of(pack)
 
 
@@ -78,13 +81,12 @@ def test_from_pretrained_offline_after_that(either: Client, pack: Path) -> None:
     assert not either.hub.requests
 
 
-def test_a_flipped_bit_on_the_way_to_the_cache(client: Client, pack: Path) -> None:
-    client.ok("push", pack, "me/pack")
-    client.hub.faults = [
+def test_a_flipped_bit_on_the_way_to_the_cache(shared: Client, pack: Path) -> None:
+    shared.hub.faults = [
         Fault("layer-00002", "GET", flip=True),
         Fault("model.safetensors", "GET", flip=True),
     ]
-    client.ok("verify", "me/pack")
+    shared.ok("verify", "me/pack")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -97,6 +99,10 @@ def test_one_bar_for_everything(hub: Hub, pack: Path, tmp_path: Path, mode: str)
     shown = on_a_terminal(client, "pull", "me/pack", tmp_path / "out")
     assert bars_in(shown) == ["pulling me/pack"]
     assert "100%" in shown
+    # As do generate, eval and bench.
+    shown = on_a_terminal(client, "verify", "me/pack")
+    assert bars_in(shown)[0] == "fetching me/pack"
+    assert not any("me/pack" in name for name in bars_in(shown)[1:])
 
 
 def bars_in(shown: str) -> list[str]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from tests.moepack.convert.mapping_checks import edit, one_file
 from tests.moepack.convert.test_gptq import CONFIG, quantize_linears
 from tests.packs import make_pack
 
+TEXT = Path(__file__).parents[1] / "assets" / "text" / "alice29.txt"
+SLACK = 64 << 10
+"""Blocks that are not full."""
 OPTIONS = ("--quantizer", "rtn", "--expert-bits", "2")
 
 
@@ -72,6 +77,7 @@ def test_convert_without_storing_the_source(client: Client, source: Path, tmp_pa
     done = client.run("convert", "org/model", tmp_path / "streamed", *OPTIONS)
     assert done.code == 0, done.err
     assert "evil.py" in done.err
+    assert re.search(r"disk: .* needed \(.* for shards of the source, .*\), .* free", done.err)
     assert "pytorch_model.bin" in done.err
     # Every shard came once, and nothing of it stays.
     assert sorted(shard_requests(client)) == sorted(p.name for p in source.glob("*.safetensors"))
@@ -85,6 +91,46 @@ def test_convert_without_storing_the_source(client: Client, source: Path, tmp_pa
     assert manifest["source"]["revision"] == client.hub.store.repos["org/model"].commits[-1].oid
     local.pop("moepack.json")
     assert streamed == local
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "fetches"),
+    [
+        ((), 5),
+        # The losses of every expert are measured before, and calibration comes before that.
+        (("--expert-bits", "2.7"), 10),
+        (
+            ("--expert-bits", "2.7", "--quantizer", "gptq", "--calibrate", TEXT),
+            16,  # and the last shard for norm and head, with which calibration begins
+        ),
+    ],
+    ids=["plain", "mixed", "calibrated"],
+)
+def test_one_layers_shards_at_a_time(
+    client: Client, source: Path, tmp_path: Path, more: tuple[object, ...], fetches: int
+) -> None:
+    out, options = tmp_path / "out", (*OPTIONS, *more, "--calibrate-tokens", "2048")
+    plan = json.loads(client.ok("convert", "org/model", out, *options, "--dry-run", "--json"))
+    sizes = {path.name: path.stat().st_size for path in source.glob("*.safetensors")}
+    staged = []
+
+    def look() -> None:
+        """What lies there, and what is about to come."""
+        there = sum(path.stat().st_blocks * 512 for path in shards_in(out) if path.is_file())
+        staged.append(there + sizes[client.hub.requests[-1].path.rsplit("/", 1)[1]])
+
+    client.hub.forget()
+    client.hub.faults = [Fault(r"/resolve/.*\.safetensors$", "GET", act=look, times=-1)]
+    client.ok("convert", "org/model", out, *options)
+    counts = Counter(shard_requests(client))
+    assert set(counts) == set(sizes)
+    assert counts.total() <= fetches
+    assert max(staged) <= plan["disk_staged"] + SLACK < sum(sizes.values())
+
+
+def shards_in(out: Path) -> list[Path]:
+    return list((out / ".moepack-source").rglob("*.safetensors"))
 
 
 @pytest.mark.slow

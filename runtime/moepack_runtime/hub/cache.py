@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
@@ -11,7 +11,8 @@ from moepack_formats.errors import FormatError, IntegrityError, MoepackError, Ne
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
 from moepack_formats.pack import read_manifest
 
-from .errors import UnreachableError, root_cause, status_of
+from ..disk import check_space
+from .errors import UnreachableError, status_behind
 from .fetch import fetch_file, is_right
 from .listing import list_pack
 from .progress import Bar, TransferProgress
@@ -55,6 +56,19 @@ def fetch_pack(
         raise FormatError(f"it has no {MANIFEST_NAME}", where=repo_id)
     _complete(repo_id, folder, progress)
     return folder
+
+
+def cached_pack(repo_id: str, revision: str | None, error: NetworkError) -> Path:
+    """The pack in the Hub cache, where the Hub could not be asked.
+
+    Raises:
+        NetworkError: ``error`` itself: the Hub has refused, or the cache has no whole pack.
+    """
+    if status_behind(error) is not None:
+        raise error
+    with contextlib.suppress(NetworkError):
+        return fetch_pack(repo_id, revision=revision, offline=True)
+    raise error
 
 
 def complete_snapshot(folder: Path, progress: TransferProgress | None = None) -> None:
@@ -116,24 +130,16 @@ def _snapshot(repo_id: str, revision: str | None, *, local_only: bool) -> Path |
     try:
         return retrying(lambda: get(local_only=local_only), repo_id, revision)
     except NetworkError as error:
-        cause = error.__cause__
-        status = None if cause is None else status_of(root_cause(cause))
+        status = status_behind(error)
         if status == 404 and "lacks a file" in error.what:
             return None
         if status is None and not local_only:
-            return _cached_instead(lambda: get(local_only=True), error)
+            # Without a connection, what the cache holds of the revision will do, if it is whole.
+            with contextlib.suppress(OSError, ValueError):
+                folder = get(local_only=True)
+                if is_whole(folder):
+                    return folder
         raise
-
-
-def _cached_instead(find: Callable[[], Path], error: NetworkError) -> Path:
-    """Without a connection, what the cache holds of the revision, if that is whole."""
-    try:
-        folder = find()
-    except (OSError, ValueError):
-        raise error from None
-    if not is_whole(folder):
-        raise error
-    return folder
 
 
 def _complete(repo_id: str, folder: Path, progress: TransferProgress | None) -> None:
@@ -147,6 +153,8 @@ def _complete(repo_id: str, folder: Path, progress: TransferProgress | None) -> 
         names = ", ".join(listing.ignored[:3])
         watcher.notice(f"ignored {len(listing.ignored)} files with code or pickles: {names}")
     try:
+        absent = [name for name in listing.manifest.files if not (folder / name).exists()]
+        check_space(cache, listing.room_for(absent))
         watcher.start(sum(listing.remote_nbytes(name) for name in listing.manifest.files))
         for name, facts in listing.manifest.files.items():
             # Files that others fetched were not compared with anything but their size.

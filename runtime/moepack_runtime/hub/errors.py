@@ -146,6 +146,12 @@ def status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
+def status_behind(error: NetworkError) -> int | None:
+    """The HTTP status that an error of :func:`explain` is about; None if nobody answered."""
+    cause = error.__cause__
+    return None if cause is None else status_of(root_cause(cause))
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
     cause = root_cause(error)

@@ -159,6 +159,16 @@ def is_right(path: Path, facts: FileEntry) -> bool:
     return True
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a download that was killed has left in a folder: nothing goes on with it.
+
+    Args:
+        folder: Where nobody else downloads to at this time.
+    """
+    for path in (folder / ".cache").rglob("*.incomplete"):
+        path.unlink(missing_ok=True)
+
+
 def _remove(path: Path) -> None:
     """Remove a file, and in a Hub cache the blob that its link leads to."""
     with contextlib.suppress(OSError):

@@ -17,6 +17,9 @@ LAYER_FOLDER = "experts/"
 CODE_SUFFIXES = (".py", ".so", ".dll", ".sh")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+_MARGIN_NBYTES = 16_000_000
+"""Room beside the files of a pack, for small ones and their folders."""
+
 
 @dataclass(frozen=True)
 class PackListing:
@@ -39,6 +42,16 @@ class PackListing:
     def remote_nbytes(self, name: str) -> int:
         """Bytes that fetching file ``name`` takes."""
         return self.remote.files[self.remote_names[name]].size
+
+    def room_for(self, names: Iterable[str]) -> int:
+        """Bytes that fetching files takes on the disk at the worst moment.
+
+        A compressed file lies beside its expansion.
+        """
+        chosen = list(names)
+        packed = [self.remote_nbytes(name) for name in chosen if self.is_compressed(name)]
+        sizes = sum(self.manifest.files[name].size for name in chosen)
+        return sizes + max(packed, default=0) + (_MARGIN_NBYTES if chosen else 0)
 
     def is_compressed(self, name: str) -> bool:
         """Whether file ``name`` lies compressed in the repository."""

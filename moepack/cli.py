@@ -113,7 +113,3 @@ def _resource_message(error: OSError | MemoryError) -> str:
     from moepack_formats.osio import resource_error
 
     return str(resource_error(error, error.filename or "input/output"))
-
-
-if __name__ == "__main__":
-    main()

@@ -220,7 +220,7 @@ def make_inputs(options: argparse.Namespace) -> None:
             source = BUILD / "source"
             run = [sys.executable, here / "make_checkpoint.py", "olmoe-1b-7b", "--out", source]
             subprocess.run(run, check=True)
-            convert = [sys.executable, "-m", "moepack.cli", "convert", source, options.pack]
+            convert = [sys.executable, "-m", "moepack", "convert", source, options.pack]
             bits = ["--attn-bits", "4", "--expert-bits", "2", "--head-bits", "8"]
             subprocess.run([*convert, *bits, "--quantizer", "rtn"], check=True)
             for path in source.iterdir():

@@ -58,7 +58,7 @@ def test_first_paint_is_quick() -> None:
     times = []
     for _ in range(5):
         start = seconds()
-        subprocess.run([sys.executable, "-m", "moepack.cli", "--help"], capture_output=True)
+        subprocess.run([sys.executable, "-m", "moepack", "--help"], capture_output=True)
         times.append(seconds() - start)
     assert sorted(times)[2] < 0.3
 
@@ -211,7 +211,7 @@ def test_out_of_memory(
     ids="/".join,
 )
 def test_a_reader_that_leaves_is_no_error(pack: Path, arguments: list[str]) -> None:
-    words = [sys.executable, "-m", "moepack.cli", arguments[0], str(pack), *arguments[1:]]
+    words = [sys.executable, "-m", "moepack", arguments[0], str(pack), *arguments[1:]]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stderr is not None

@@ -162,7 +162,7 @@ def test_interrupted(pack: Path) -> None:
     """A real program and a real signal: the text so far stays, there is no traceback."""
     words = ["generate", str(pack), "--prompt", PROMPT, "--greedy", "--max-new-tokens", "100000"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "moepack.cli", *words, "--threads", "1"],
+        [sys.executable, "-m", "moepack", *words, "--threads", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

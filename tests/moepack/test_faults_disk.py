@@ -224,7 +224,7 @@ def test_read_only_mount(checkpoint: Path, tmp_path: Path) -> None:
     unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     if subprocess.run([*unshare, mount], capture_output=True).returncode:
         pytest.skip("no private mounts here")
-    program = f'"{sys.executable}" -m moepack.cli convert "{checkpoint}" "{disk}"'
+    program = f'"{sys.executable}" -m moepack convert "{checkpoint}" "{disk}"'
     script = f"{mount} && {program}/out --quantizer rtn"
     done = subprocess.run([*unshare, script], capture_output=True, text=True)
     line = Result(done.returncode, done.stdout, done.stderr).error(5)

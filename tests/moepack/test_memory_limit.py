@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def words(pack: Path, *more: object) -> list[object]:
-    return [sys.executable, "-m", "moepack.cli", "generate", pack, *GENERATE, *more]
+    return [sys.executable, "-m", "moepack", "generate", pack, *GENERATE, *more]
 
 
 def test_the_smallest_budget_is_enough(pack: Path) -> None:

@@ -24,6 +24,8 @@ class Entry:
     reading: Read
     guessed: bool
     pins: int = 0
+    counted: bool = False
+    """Whether its policy knows already of the demand that is going to be fetched."""
     missed: bool = False
     """Whether its demand had to start the read and was not yet counted."""
 

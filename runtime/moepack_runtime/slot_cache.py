@@ -142,6 +142,7 @@ class SlotCache:
             entry = self._entries.get(key)
             if entry is not None and entry.guessed:
                 self._come_true(entry)
+                entry.counted = True
         for key in keys:
             if key not in self._entries:
                 size = self._class_of(key)
@@ -149,7 +150,8 @@ class SlotCache:
                     return
                 if not size.free and not self._drop_staged(size, None):
                     return
-                self._read_demanded(key, size).missed = True
+                entry = self._read_demanded(key, size)
+                entry.missed = entry.counted = True
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See :class:`Residency`."""
@@ -269,8 +271,9 @@ class SlotCache:
         entry.pins += 1
         if entry.guessed:
             self._come_true(entry)
-        elif not entry.missed:
+        elif not entry.counted:
             self._class_of(key).policy.touch(key)
+        entry.counted = False
         return entry
 
     def _come_true(self, entry: Entry) -> None:

@@ -70,16 +70,30 @@ def test_it_agrees_with_the_real_cache(tiny: Path, slots: int, options: dict[str
 
 
 @pytest.mark.parametrize(("slots", "policy"), [(12, "lru"), (24, "lfu"), (40, "router-score")])
+@pytest.mark.parametrize("keeps_up", [True, False])
 def test_it_agrees_with_the_real_cache_that_guesses(
-    tiny: Path, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, slots: int, policy: str, keeps_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every token is guessed for, as in the simulator. Which wrong guesses are given up before they
-    # are read is a matter of time there, hence three points.
+    """Within a point if reads are done before the next layer's, as is assumed; else within three.
+
+    Which wrong guesses are given up before they are read is a matter of time.
+    """
+    # Every token is guessed for, as in the simulator.
     monkeypatch.setattr("moepack_runtime.prefetch_trial.WARM_UP", 10**6)
+    if keeps_up:
+        prefetch = SlotCache.prefetch
+
+        def patient(cache: SlotCache, layer: int, experts: list[int]) -> None:
+            prefetch(cache, layer, experts)
+            for entry in list(cache._entries.values()):
+                cache._io.wait([entry.reading])
+
+        monkeypatch.setattr(SlotCache, "prefetch", patient)
     trace, stats = run_real(tiny, slots, prefetch=True, policy=policy)
     nbytes = trace.info.record_nbytes[0][0]
     outcome = Simulator(trace).run(Setting(policy, {nbytes: slots}, prefetch=True))
-    assert outcome.hit_ratio == pytest.approx(stats.hit_ratio, abs=0.03)
+    points = 0.01 if keeps_up else 0.03
+    assert outcome.hit_ratio == pytest.approx(stats.hit_ratio, abs=points)
     assert outcome.bytes_per_token == pytest.approx(stats.bytes_per_token, rel=0.1)
     # Guesses change a lot: in a cache this small they cost more than they bring.
     without = Simulator(trace).run(Setting(policy, {nbytes: slots}))
@@ -90,7 +104,7 @@ def test_it_agrees_with_the_real_cache_that_guesses(
 @given(
     st.lists(
         st.tuples(
-            st.booleans(),
+            st.sampled_from(["demand", "fetch", "prefetch"]),
             st.integers(0, LAYERS - 1),
             st.lists(st.integers(0, EXPERTS - 1), max_size=EXPERTS, unique=True),
         ),
@@ -99,7 +113,7 @@ def test_it_agrees_with_the_real_cache_that_guesses(
     st.integers(0, 20),
 )
 def test_the_books_are_those_of_the_cache(
-    operations: list[tuple[bool, int, list[int]]], extra: int
+    operations: list[tuple[str, int, list[int]]], extra: int
 ) -> None:
     """Any demands and guesses, records of two sizes, any number of slots: the same is resident."""
     budget = SMALL.nbytes + LARGE.nbytes + extra * SMALL.nbytes
@@ -108,11 +122,13 @@ def test_the_books_are_those_of_the_cache(
         slots = {nbytes: size.arena.slots for nbytes, size in cache._classes.items()}
         setting = Setting(RuntimeOptions.policy, slots, prefetch=True)
         simulated = SimulatedCache(TraceInfo("", "", sizes, 2, 0, 0), setting)
-        for demand, layer, experts in operations:
+        for kind, layer, experts in operations:
             keys = [(layer, expert) for expert in experts]
-            if demand:
+            if kind != "prefetch":
                 if len(experts) > min(slots.values()):
                     continue  # in what order records arrive decides what stays
+                if kind == "demand":  # announced, as decoding does, and then fetched
+                    cache.demand(layer, experts)
                 for _ in cache.fetch_ready(layer, experts):
                     pass
                 simulated.demand(keys)

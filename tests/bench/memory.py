@@ -158,6 +158,7 @@ def summary(results: Results, compute_s: float) -> dict[str, Any]:
         fractions.append(run["tokens_per_s"] * ideal_s)
     values: dict[str, Any] = {
         "tokens_per_s": spread(speed),
+        "tokens_per_s_by_round": speed,
         "hit_ratio": spread([run["hit_ratio"] for run in results.moepack]),
         "missed_per_token": missed,
         "read_per_token": statistics.median(run["read_per_token"] for run in results.moepack),
@@ -171,6 +172,7 @@ def summary(results: Results, compute_s: float) -> dict[str, Any]:
     if results.llama:
         theirs = [run["tokens_per_s"] for run in results.llama]
         values["llama_tokens_per_s"] = spread(theirs)
+        values["llama_tokens_per_s_by_round"] = theirs
         values["llama_read_per_token"] = statistics.median(
             run["read_per_token"] for run in results.llama
         )

@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .mapping import Target, WeightMapping
 from .meta_model import build_meta_model
 from .options import RAW_SCHEMES, ConvertOptions, scheme_of_bits
-from .trunk_policy import KeptLinear, TrunkPolicy, head_policy, trunk_policy
+from .trunk_policy import KeptLinear, TrunkPolicy, has_tied_head, head_policy, trunk_policy
 
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -139,7 +139,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     packed = {} if scheme.is_raw else _packed_entries(policy, scheme)
     kept = [] if scheme.is_raw else [*policy.kept]
     if options.head_bits < 16:
-        tied = _has_tied_head(model, mapping)
+        tied = has_tied_head(model, mapping.missing)
         heads, kept_heads = head_policy(model, DEFAULT_SCHEME[options.head_bits], tied=tied)
         packed |= heads
         kept += kept_heads
@@ -183,13 +183,6 @@ def _packed_entries(policy: TrunkPolicy, scheme: Scheme) -> dict[str, PackedEntr
         linear.name: PackedEntry("linear", scheme.name, (linear.rows, linear.cols))
         for linear in policy.packed
     }
-
-
-def _has_tied_head(model: PreTrainedModel, mapping: WeightMapping) -> bool:
-    """Whether the source has no weight of its own for the output head."""
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    return head is not None and f"{names[0]}.weight" in mapping.missing
 
 
 def _trunk_tensor(target: Target, packed: dict[str, PackedEntry]) -> TrunkTensor:

@@ -27,7 +27,7 @@ from moepack_runtime.experts import find_experts
 
 from .meta_model import build_meta_model
 from .options import INTEGER_BITS, ConvertOptions
-from .trunk_policy import head_policy, trunk_policy
+from .trunk_policy import has_tied_head, head_policy, trunk_policy
 
 RECIPES = ("q8g64", "q4g64", "q3g32s4", "q2g16s4", "q2g64")
 """Schemes of the experts, from the largest."""
@@ -124,7 +124,7 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # As wide as `moepack convert` makes them by default, which is what the recipe's command says.
     head = get_scheme(DEFAULT_SCHEME[ConvertOptions().head_bits])
-    for name, entry in head_policy(model, head.name, tied=_has_tied_head(model, tied))[0].items():
+    for name, entry in head_policy(model, head.name, tied=has_tied_head(model, tied))[0].items():
         packed[f"{name}.weight"] = head.packed_nbytes(*entry.shape)
     trunk = {
         name: packed.get(name, tensor.numel() * tensor.element_size())
@@ -241,11 +241,6 @@ def _fit(
     bits = experts * 8 / sizes.expert_parameters
     speed = 1 / seconds if room > 0 else 0.0
     return Fit(name, options, bits, nbytes, resident, speed, nbytes <= machine.disk)
-
-
-def _has_tied_head(model: Any, tied: Mapping[str, str]) -> bool:
-    head = model.get_output_embeddings()
-    return any(f"{name}.weight" in tied for name, module in model.named_modules() if module is head)
 
 
 def _looked_up(model: Any) -> set[str]:

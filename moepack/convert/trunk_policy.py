@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -111,6 +111,14 @@ def trunk_policy(
             continue
         kept.append(KeptLinear(name, reason))
     return TrunkPolicy(tuple(packed), tuple(kept))
+
+
+def has_tied_head(model: PreTrainedModel, absent: Container[str]) -> bool:
+    """Whether the output head has no weight of its own, given the parameters a source lacks."""
+    head = model.get_output_embeddings()
+    return any(
+        f"{name}.weight" in absent for name, module in model.named_modules() if module is head
+    )
 
 
 def head_policy(

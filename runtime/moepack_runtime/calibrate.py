@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from moepack_formats import osio
@@ -48,7 +49,7 @@ def io_threads(pack: Pack, reader: RecordReader) -> int:
     if device in known:
         return known[device]
     try:
-        speeds = {threads: _speed(records, threads) for threads in CANDIDATES}
+        speeds = {threads: read_speed(records, threads, _SECONDS) for threads in CANDIDATES}
     except MoepackError:  # the read that needs the record will say it with more words
         return DEFAULT_THREADS
     best = max(speeds.values())
@@ -58,9 +59,9 @@ def io_threads(pack: Pack, reader: RecordReader) -> int:
     return chosen
 
 
-def _speed(records: list[RecordLocation], threads: int) -> float:
-    """Bytes per second of random records, ``threads`` at a time."""
-    end = time.perf_counter() + _SECONDS
+def read_speed(records: Sequence[RecordLocation], threads: int, seconds: float) -> float:
+    """Bytes per second of random records, ``threads`` at a time, for about so many seconds."""
+    end = time.perf_counter() + seconds
     done: list[int] = []
     failed: list[MoepackError] = []
 

@@ -7,15 +7,12 @@ what the run itself has to read: records that are not in memory.
 
 from __future__ import annotations
 
-import mmap
-import os
-import random
-import threading
 import time
 from collections.abc import Callable
 
 from moepack_formats.osio import set_direct
 from moepack_formats.pack import Pack
+from moepack_runtime.calibrate import read_speed
 
 
 class Disk:
@@ -36,37 +33,22 @@ class Disk:
         }
         for descriptor in {at.descriptor for at in self._records.values()}:
             set_direct(descriptor, True)
-        largest = max(at.spec.nbytes for at in self._records.values())
         self._holds = holds
-        self._buffers = [mmap.mmap(-1, largest) for _ in range(depth)]
-        self._share = share
+        self._depth, self._share = depth, share
         self._last = time.perf_counter()
-        self._nbytes, self._seconds = 0, 0.0
+        self._nbytes, self._seconds = 0.0, 0.0
 
     def turn(self) -> None:
         """Read for a part of the time since the last call."""
         records = [at for key, at in self._records.items() if not self._holds(*key)]
         begin = time.perf_counter()
-        end = begin + self._share * (begin - self._last)
-        done: list[int] = []
-
-        def work(memory: mmap.mmap, picks: random.Random) -> None:
-            while time.perf_counter() < end:
-                at = picks.choice(records)
-                with memoryview(memory) as view, view[: at.spec.nbytes] as buffer:
-                    done.append(os.preadv(at.descriptor, [buffer], at.offset))
-
-        workers = [
-            threading.Thread(target=work, args=(memory, random.Random()))
-            for memory in self._buffers
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        if records:
+            seconds = self._share * (begin - self._last)
+            speed = read_speed(records, self._depth, seconds)
+            took = time.perf_counter() - begin
+            self._nbytes += speed * took
+            self._seconds += took
         self._last = time.perf_counter()
-        self._nbytes += sum(done)
-        self._seconds += self._last - begin
 
     @property
     def bytes_per_s(self) -> float:

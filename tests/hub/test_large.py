@@ -56,25 +56,24 @@ def test_memory_for_five_gigabytes(either: Client, pack: Path, tmp_path: Path) -
             assert hashlib.file_digest(file, "sha256").hexdigest() == facts.sha256
 
 
+@pytest.fixture(params=[2, 10], ids=["14MB", "70MB"])
+def six_files(request: pytest.FixtureRequest, pack: Path, tmp_path: Path) -> Path:
+    """A pack of six layer files, smaller or larger than the blocks of 64 MB that Xet sends."""
+    return make_random_pack(pack, tmp_path / "large", layers=6, experts=request.param, width=2048)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("experts", [2, 10], ids=["14MB", "70MB"])
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_in_the_middle_of_the_data(
-    mode: str, experts: int, pack: Path, tmp_path: Path
-) -> None:
-    """Ten pushes, killed after a tenth of the data, two tenths, and so on, and started again.
-
-    Files are smaller, or larger, than the blocks of 64 MB that Xet sends.
-    """
-    large = make_random_pack(pack, tmp_path / "large", layers=6, experts=experts, width=2048)
-    sizes = [path.stat().st_size for path in large.rglob("*.safetensors")]
+def test_killed_in_the_middle_of_the_data(mode: str, six_files: Path, tmp_path: Path) -> None:
+    """Ten pushes, killed after a tenth of the data, two tenths, and so on, and started again."""
+    sizes = [path.stat().st_size for path in six_files.rglob("*.safetensors")]
     resent = []
     for tenth in range(10):
         with fresh(tmp_path / str(tenth), mode) as client:
             limit = sum(sizes) * tenth / 10
-            killed_after(client, received, limit, "push", large, "me/pack")
-            client.ok("push", large, "me/pack")
+            killed_after(client, received, limit, "push", six_files, "me/pack")
+            client.ok("push", six_files, "me/pack")
             resent.append((received(client) - sum(sizes)) / max(sizes))
         shutil.rmtree(tmp_path / str(tenth))
     print(f"{mode}: files sent again {[round(files, 2) for files in resent]}")
@@ -83,24 +82,20 @@ def test_killed_in_the_middle_of_the_data(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("experts", [2, 10], ids=["14MB", "70MB"])
 @pytest.mark.parametrize("mode", MODES)
-def test_pulls_killed_in_the_middle_of_the_data(
-    mode: str, experts: int, pack: Path, tmp_path: Path
-) -> None:
+def test_pulls_killed_in_the_middle_of_the_data(mode: str, six_files: Path, tmp_path: Path) -> None:
     """The same for pulls."""
-    large = make_random_pack(pack, tmp_path / "large", layers=6, experts=experts, width=2048)
-    sizes = [path.stat().st_size for path in large.rglob("*.safetensors")]
+    sizes = [path.stat().st_size for path in six_files.rglob("*.safetensors")]
     again = []
     with fresh(tmp_path / "hub", mode) as client:
-        client.ok("push", large, "me/pack")
+        client.ok("push", six_files, "me/pack")
         for tenth in range(10):
             client.hub.forget()
             out = tmp_path / str(tenth)
             killed_after(client, fetched, sum(sizes) * tenth / 10, "pull", "me/pack", out)
             client.ok("pull", "me/pack", out)
             again.append((fetched(client) - sum(sizes)) / max(sizes))
-            assert files_of(out) == files_of(large)
+            assert files_of(out) == files_of(six_files)
             shutil.rmtree(out)
     print(f"{mode}: files fetched again {[round(files, 2) for files in again]}")
     assert max(again) <= OVERHEAD

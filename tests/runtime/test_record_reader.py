@@ -134,7 +134,7 @@ def test_a_record_beyond_the_end(damaged: Path) -> None:
 
 
 def test_small_packs_are_not_measured(opened: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_speed", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(calibrate, "read_speed", lambda *_: pytest.fail("measured"))
     reader = RecordReader(opened, direct=True)
     assert calibrate.io_threads(opened, reader) == calibrate.DEFAULT_THREADS
 
@@ -154,12 +154,12 @@ def test_the_fewest_that_are_fast(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_SMALLEST_PACK", 0)
     known = dict(zip(calibrate.CANDIDATES, speeds, strict=True))
-    monkeypatch.setattr(calibrate, "_speed", lambda _, threads: known[threads])
+    monkeypatch.setattr(calibrate, "read_speed", lambda _, threads, _seconds: known[threads])
     reader = RecordReader(opened, direct=True)
     if not reader.direct:
         pytest.skip("this file system refuses direct reads")
     assert calibrate.io_threads(opened, reader) == threads
-    monkeypatch.setattr(calibrate, "_speed", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(calibrate, "read_speed", lambda *_: pytest.fail("measured again"))
     assert calibrate.io_threads(opened, reader) == threads
     (path,) = tmp_path.rglob("*.json")
     assert list(json.loads(path.read_text()).values()) == [threads]

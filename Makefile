@@ -21,7 +21,7 @@ LAYERS ?= 2
 TESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test-native test-neon demo test test-slow test-gpu check bench bench-gpu \
+.PHONY: help setup native test-native test-neon demo test test-slow test-explore test-gpu check bench bench-gpu \
 	bench-convert bench-memory quality docs-cli clean
 
 help:  ## list the targets
@@ -83,6 +83,10 @@ test: $(STAMP)  ## run the tests (all but the slow ones and those that need a GP
 
 test-slow: $(STAMP)  ## run the slow tests
 	@$(PY) -m pytest -q -m "slow and not gpu" $(TESTFLAGS)
+
+test-explore: $(STAMP)  ## run the property tests on examples that no run before has seen
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "hypothesis and not slow" \
+		--hypothesis-profile explore $(TESTFLAGS)
 
 test-gpu: $(STAMP)  ## run the tests that need a GPU, Triton's kernels among them
 	@$(PY) tests/bench/gpu/need.py

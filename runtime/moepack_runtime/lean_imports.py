@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from .plain_sizes import leave_out_symbols
+
 _log = logging.getLogger(__name__)
 
 _COMPILER = "torch._dynamo"
@@ -45,6 +47,7 @@ def import_transformers() -> None:
     try:
         with _absent(), _no_compiler():
             _import()
+            leave_out_symbols()
     except Exception as error:  # a transformers that wants more of the compiler than decorators
         _log.info("transformers is imported with torch's compiler: %s", error)
         _import()

@@ -14,7 +14,7 @@ from tests.packs import make_pack
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "assets" / "tiny-moe"
 
-LEFT_OUT = ("torch._inductor", "torch.distributed.tensor", "hqq")
+LEFT_OUT = ("torch._inductor", "torch.distributed.tensor", "hqq", "sympy.core")
 
 
 def run(program: str, *words: object) -> str:
@@ -77,3 +77,29 @@ def test_a_transformers_that_needs_the_compiler() -> None:
         print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
     """
     assert run(program).split() == ["True", "None", "True", "2.0"]
+
+
+def test_symbolic_sizes_are_there_for_who_asks() -> None:
+    """The stand-ins answer for numbers as the real modules do, and give way to them."""
+    program = """if True:
+        import importlib, sys
+        from moepack_runtime.lean_imports import import_transformers
+        import_transformers()
+        from moepack_runtime.plain_sizes import _OF_SHAPES
+        name = "torch.fx.experimental.symbolic_shapes"
+        stand_in = sys.modules[name]
+        del sys.modules[name]
+        real = importlib.import_module(name)
+        pairs = [(3, 3), (3, 4), ((2, 3), (2, 3)), ((2, 3), [2, 4]), ((2,), (2, 3))]
+        for a, b in pairs:
+            assert stand_in.sym_eq(a, b) == real.sym_eq(a, b)
+        for known in set(_OF_SHAPES) - {"sym_eq", "is_nested_int"}:
+            for answer in (True, False):
+                assert getattr(stand_in, known)(answer) == getattr(real, known)(answer), known
+        assert stand_in.is_nested_int(3) == real.is_nested_int(3)
+        assert stand_in.sym_or(False, True, False) and not stand_in.sym_and(True, False)
+        assert stand_in.ShapeEnv is real.ShapeEnv
+        import sympy
+        print(sympy.Integer(2) + sympy.Symbol("x"))
+    """
+    assert run(program) == "x + 2\n"

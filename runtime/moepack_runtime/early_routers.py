@@ -7,8 +7,7 @@ arXiv 2312.17238, section 3.2). Where no norm is found, this layer's own router 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from .topk import RouterTopK
 
 Inputs = dict[int, tuple[Tensor, bool]]
 """By layer, what its norm or router reads, and whether it has gone through a norm."""
+
+Answers = dict[tuple[int, int], Tensor]
+"""By the layer at which it was asked and the target, what a router has picked, ``[T, K]``."""
 
 
 class EarlyRouters:
@@ -34,7 +36,7 @@ class EarlyRouters:
         self._experts = [adapter.num_experts for adapter in adapters]
         self._routers: dict[int, Router | None] = {}
         self._inputs: Inputs = {}
-        self._kept: Inputs | None = None
+        self._answers: Answers = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -69,6 +71,10 @@ class EarlyRouters:
             ``[T, K]`` or ``[T, E]`` indices, or None where the router cannot be asked. An index of
             E or more is a place without an expert.
         """
+        answer = None if ranked else self.answer(layer, target)
+        return self._ask_now(layer, target, ranked) if answer is None else answer
+
+    def _ask_now(self, layer: int, target: int, ranked: bool) -> Tensor | None:
         router, seen = self._routers.get(target), self._inputs.get(layer)
         if router is None or seen is None:
             return None
@@ -85,23 +91,24 @@ class EarlyRouters:
 
     def forget(self, layer: int) -> None:
         """What the layer has read is no longer needed."""
-        seen = self._inputs.pop(layer, None)
-        if seen is not None and self._kept is not None:
-            self._kept[layer] = seen
+        self._inputs.pop(layer, None)
 
-    @contextmanager
-    def keeping(self) -> Iterator[Inputs]:
-        """Collect what every layer reads inside the block."""
-        kept: Inputs = {}
-        self._kept = kept
-        try:
-            yield kept
-        finally:
-            self._kept = None
+    def ask_ahead(self, layer: int, most: int) -> Answers:
+        """What the routers of up to ``most`` following layers pick, where they can be asked.
 
-    def show(self, inputs: Inputs) -> None:
-        """What the layers are going to read: memory that a played pass fills."""
-        self._inputs.update(inputs)
+        A recording of a pass asks here, so that a played one is asked by the same steps.
+        """
+        ahead = range(layer + 1, min(layer + most + 1, len(self._experts)))
+        answers = {(layer, target): self.ask(layer, target) for target in ahead}
+        return {key: answer for key, answer in answers.items() if answer is not None}
+
+    def answer(self, layer: int, target: int) -> Tensor | None:
+        """What a played pass has asked already, or None."""
+        return self._answers.get((layer, target))
+
+    def show(self, answers: Answers) -> None:
+        """What is asked already from now on: memory that a played pass fills, or nothing."""
+        self._answers = answers
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -111,6 +118,7 @@ class EarlyRouters:
             hook.remove()
         self._hooks.clear()
         self._inputs.clear()
+        self._answers = {}
 
     def _watch(self) -> None:
         """Keep what each layer's norm (or router) reads."""

@@ -32,6 +32,8 @@ class MappedRecords:
         limit: The budget of the process.
     """
 
+    lookahead = 1
+
     def __init__(self, pack: Pack, stats: Statistics, limit: MemoryLimit | None = None) -> None:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._maps: dict[int, mmap.mmap] = {}

@@ -1,4 +1,8 @@
-"""Guessing the next layer's experts, so that their records are read while this layer computes.
+"""Guessing the next layers' experts, so that their records are read while this layer computes.
+
+The next layer is guessed for, and where a recorded pass asks for nothing (see
+:mod:`moepack_runtime.tape`) the one after it as well: with a single layer's guesses read, the disk
+would rest until that layer's turn. What is then guessed for a layer in its turn replaces that.
 
 How is told in :mod:`moepack_runtime.early_routers`, when not in
 :mod:`moepack_runtime.prefetch_trial`.
@@ -9,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
 from .cache_bias import CacheBias
-from .early_routers import EarlyRouters
+from .early_routers import Answers, EarlyRouters
 from .experts import ExpertsAdapter
 from .prefetch_trial import PrefetchTrial
 from .residency import Residency
@@ -28,6 +32,9 @@ MAX_TOKENS = 4
 TRIAL_ROUNDS = 48
 MIN_RECALL = 0.3
 """After so many rounds, guesses for a layer stop if a smaller share of its experts was guessed."""
+
+FAR_RECALL = 0.6
+"""The same share for guesses two layers ahead."""
 
 _ANSWERS = {
     (True, True): "stays on",
@@ -67,6 +74,8 @@ class Speculator:
         self.routers = EarlyRouters(model, adapters)
         self._experts = [adapter.num_experts for adapter in adapters]
         self._guesses: dict[int, set[int]] = {}
+        self._far_guesses: dict[int, set[int]] = {}
+        self._far_counts: dict[int, LayerGuesses] = {}
         self._trial = PrefetchTrial()
 
     @property
@@ -101,35 +110,45 @@ class Speculator:
             self.routers.look(layer, top_k_index)
             return
         self._score(layer, needed)
-        indices = self._ask(layer, top_k_index)
-        if indices is not None:
-            self._guess(layer + 1, indices)
+        if self._guesses_at(layer, len(top_k_index)):
+            self._guess(layer + 1, self._ask(layer, layer + 1))
+            self._guess_far(layer, layer + 2)
+        self.routers.forget(layer)
+
+    def ask_ahead(self, layer: int) -> Answers:
+        """What there is to ask at ``layer``, for a recording; see :class:`EarlyRouters`."""
+        return self.routers.ask_ahead(layer, self._residency.lookahead)
+
+    @contextlib.contextmanager
+    def answered(self, answers: Answers) -> Iterator[None]:
+        """Inside the block a recorded pass asks, and its answers are these."""
+        self.routers.show(answers)
+        try:
+            yield
+        finally:
+            self.routers.show({})
 
     def _score(self, layer: int, needed: list[int]) -> None:
-        """Count how good the guess about a layer was."""
-        guess = self._guesses.pop(layer, None)
-        if guess is not None:
-            counts = self._stats.layers.setdefault(layer, LayerGuesses())
-            counts.rounds += 1
-            counts.guessed += len(guess)
-            counts.needed += len(needed)
-            counts.right += len(guess.intersection(needed))
+        """Count how good the guesses about a layer were."""
+        _count(self._guesses.pop(layer, None), needed, self._stats.layers, layer)
+        _count(self._far_guesses.pop(layer, None), needed, self._far_counts, layer)
 
-    def _ask(self, layer: int, top_k_index: Tensor) -> Tensor | None:
-        """What the next layer's router picks, ``[T, K]``; None where nothing is guessed."""
-        indices, target = None, layer + 1
-        if len(top_k_index) > MAX_TOKENS:
+    def _guesses_at(self, layer: int, tokens: int) -> bool:
+        """Whether guesses are made at a layer, which may be the first of a token."""
+        if tokens > MAX_TOKENS:
             self._trial.interrupted()
-        else:
-            if layer == 0:
-                self._start_token()
-            known = target < len(self._experts) and not self._given_up(target)
-            if self._trial.guessing and known:
-                nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
-                with nudged:
-                    indices = self.routers.ask(layer, target)
-        self.routers.forget(layer)
-        return indices
+            return False
+        if layer == 0:
+            self._start_token()
+        return self._trial.guessing
+
+    def _ask(self, layer: int, target: int) -> Tensor | None:
+        """What the router of ``target`` picks, ``[T, K]``; None where nothing is guessed."""
+        if target >= len(self._experts) or _fails(self._stats.layers.get(target), MIN_RECALL):
+            return None
+        nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
+        with nudged:
+            return self.routers.ask(layer, target)
 
     def _start_token(self) -> None:
         before = self._trial.verdict
@@ -147,16 +166,38 @@ class Speculator:
             verdict.without * 1e3,
         )
 
-    def _guess(self, target: int, indices: Tensor) -> None:
+    def _guess(self, target: int, indices: Tensor | None) -> None:
         """Start reading what the router of ``target`` picked."""
+        if indices is not None:
+            self._guesses[target] = self._prefetch(target, indices)
+
+    def _guess_far(self, layer: int, target: int) -> None:
+        """The same for a layer whose guess can still be replaced, if it costs no asking."""
+        indices = self.routers.answer(layer, target)
+        if indices is not None and not _fails(self._far_counts.get(target), FAR_RECALL):
+            self._far_guesses[target] = self._prefetch(target, indices)
+
+    def _prefetch(self, target: int, indices: Tensor) -> set[int]:
         # First choices first; some routers also pick places without an expert.
         choices = dict.fromkeys(indices.t().reshape(-1).tolist())
         ranked = [expert for expert in choices if expert < self._experts[target]]
-        self._guesses[target] = set(ranked)
         self._residency.prefetch(target, ranked)
+        return set(ranked)
 
-    def _given_up(self, layer: int) -> bool:
-        counts = self._stats.layers.get(layer)
-        if counts is None or counts.rounds < TRIAL_ROUNDS:
-            return False
-        return counts.right < MIN_RECALL * counts.needed
+
+def _count(
+    guess: set[int] | None, needed: list[int], counts: dict[int, LayerGuesses], layer: int
+) -> None:
+    if guess is not None:
+        of_layer = counts.setdefault(layer, LayerGuesses())
+        of_layer.rounds += 1
+        of_layer.guessed += len(guess)
+        of_layer.needed += len(needed)
+        of_layer.right += len(guess.intersection(needed))
+
+
+def _fails(counts: LayerGuesses | None, least: float) -> bool:
+    """Whether guesses were tried for long enough and were right too seldom."""
+    if counts is None or counts.rounds < TRIAL_ROUNDS:
+        return False
+    return counts.right < least * counts.needed

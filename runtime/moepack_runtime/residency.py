@@ -18,7 +18,13 @@ from .statistics import Statistics
 
 
 class Residency(Protocol):
-    """Brings records to where they are computed with."""
+    """Brings records to where they are computed with.
+
+    Attributes:
+        lookahead: Layers ahead of the one that computes for which guesses are worth reading.
+    """
+
+    lookahead: int
 
     def demand(self, layer: int, experts: Sequence[int]) -> None:
         """Start reading what :meth:`fetch` will be asked for next, ahead of every guess."""
@@ -49,7 +55,11 @@ class Residency(Protocol):
         """Whether a record can be had without waiting for a file."""
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Start reading experts that will probably be needed soon, best guess first."""
+        """Start reading experts that will probably be needed soon, best guess first.
+
+        Guesses that were made for the layer before and are not among these are forgotten unless
+        they are being read.
+        """
 
     def make_room(self, nbytes: int) -> None:
         """The caller is about to take this much memory for itself.

@@ -8,14 +8,14 @@ in, and every read is done before the next demand.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from moepack_formats.errors import UsageError
 
 from .cache_policy import make_policy
 from .policies import Key, Observing, Offline
-from .slot_shares import divide_budget, reserved_slots
+from .slot_shares import LOOKAHEAD, divide_budget, due_layers, reserved_slots
 from .trace import Trace, TraceInfo
 
 
@@ -28,7 +28,7 @@ class Setting:
         slots: Slots by record size in bytes; see :func:`slots_of`.
         scope: As in :class:`moepack_runtime.options.RuntimeOptions`.
         pins: As there.
-        prefetch: Whether the trace's guesses, one layer ahead, are read.
+        prefetch: Whether the trace's guesses are read, as far ahead as the real cache reads them.
     """
 
     policy: str
@@ -122,8 +122,8 @@ class Simulator:
             ]
             for token in zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
         ]
-        guesses = routing.guesses[:1, :, :, : trace.info.top_k].tolist()
-        self._guesses = guesses[0] if guesses else None
+        # By layers ahead, from 1.
+        self._guesses = routing.guesses[:LOOKAHEAD, :, :, : trace.info.top_k].tolist()
 
     def run(self, setting: Setting) -> Outcome:
         """Run the trace through one cache.
@@ -131,7 +131,7 @@ class Simulator:
         Raises:
             UsageError: There is no such policy, or no guesses to prefetch by.
         """
-        if setting.prefetch and self._guesses is None:
+        if setting.prefetch and not self._guesses:
             raise UsageError(
                 "the trace has no guesses to prefetch by",
                 remedy="record one with --ahead 1 or more, or simulate without prefetch",
@@ -145,10 +145,12 @@ class Simulator:
         for t, token in enumerate(self._choices):
             for layer, chosen in enumerate(token):
                 cache.observe(layer, list(chosen), list(chosen.values()))
-                cache.demand(keys[t][layer])
-                if setting.prefetch and self._guesses is not None and layer + 1 < len(token):
-                    guess = self._guesses[t][layer + 1]
-                    cache.prefetch([(layer + 1, expert) for expert in guess if expert >= 0])
+                cache.demand(layer, list(chosen))
+                if not setting.prefetch:
+                    continue
+                for target, guesses in enumerate(self._guesses, layer + 1):
+                    if target < len(token):
+                        cache.prefetch(target, [e for e in guesses[t][target] if e >= 0])
         return Outcome(setting, len(keys), cache.hits, cache.misses, cache.bytes_read)
 
 
@@ -200,6 +202,7 @@ class SimulatedCache:
     def __init__(self, info: TraceInfo, setting: Setting) -> None:
         self.hits = self.misses = self.bytes_read = 0
         self._sizes = info.record_nbytes
+        self._layer = 0
         self._resident: set[Key] = set()
         self._pinned: set[Key] = set()
         self._classes: dict[int, _Class] = {}
@@ -225,8 +228,11 @@ class SimulatedCache:
         for policy in self._observers:
             policy.observe(layer, experts, weights)
 
-    def demand(self, keys: Sequence[Key]) -> None:
+    def demand(self, layer: int, experts: Sequence[int]) -> None:
         """The experts of one layer are computed."""
+        self._layer = layer
+        keys = [(layer, expert) for expert in experts]
+        self._pinned.update(key for key in keys if key in self._resident)
         ready = [key for key in keys if self._demand_resident(key)]
         missing = [key for key in keys if key not in self._resident]
         self.hits += len(ready)
@@ -237,13 +243,15 @@ class SimulatedCache:
                 self._pinned.clear()
         self._pinned.clear()
 
-    def prefetch(self, keys: Sequence[Key]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Experts of a layer to come are guessed, the likeliest first."""
-        for key in keys:
+        keep = {layer, *due_layers(self._layer)}
+        for expert in experts:
+            key = (layer, expert)
             size = self._class_of(key)
             if key in self._resident:
                 continue
-            if not size.free and not self._drop_staged(size, key[0]):
+            if not size.free and not self._drop_staged(size, keep):
                 return
             self._read(key, size)
             size.staged[key] = None
@@ -258,7 +266,6 @@ class SimulatedCache:
         if key not in self._resident:
             return False
         size = self._class_of(key)
-        self._pinned.add(key)
         if key not in size.staged:
             self._policies[size.nbytes].touch(key)
             return True
@@ -275,7 +282,7 @@ class SimulatedCache:
             if size.demanded >= size.limit:
                 if not self._evict(size, key):
                     return False
-            elif not self._drop_staged(size, None):
+            elif not self._drop_staged(size):
                 return False
         self._read(key, size)
         self._count_in(key, size)
@@ -291,8 +298,8 @@ class SimulatedCache:
         self._policies[size.nbytes].insert(key)
         size.demanded += 1
 
-    def _drop_staged(self, size: _Class, keep_layer: int | None) -> bool:
-        key = next((key for key in size.staged if key[0] != keep_layer), None)
+    def _drop_staged(self, size: _Class, keep: Collection[int] = ()) -> bool:
+        key = next((key for key in size.staged if key[0] not in keep), None)
         if key is None:
             return False
         del size.staged[key]

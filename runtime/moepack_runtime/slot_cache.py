@@ -8,7 +8,7 @@ costs a cached expert (Eliseev & Mazur, section 3.3).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -27,14 +27,14 @@ from .options import RuntimeOptions, format_size
 from .policies import Key, Observing
 from .record_reader import RecordReader
 from .size_class import Entry, SizeClass, records_of_size
-from .slot_shares import divide_budget
+from .slot_shares import LOOKAHEAD, divide_budget, due_layers
 from .statistics import Statistics
 
 UNGUESSED = 4
 """Tokens without a guess after which no slot waits for guesses any longer: a trial of prefetch goes
 without for two in a row."""
 
-SLACK = 16 << 20
+SLACK = 8 << 20
 """Bytes left free for what a token may take before the next look at the process's memory."""
 
 
@@ -56,6 +56,8 @@ class SlotCache:
         stream: The stream that fills them; None on the CPU.
     """
 
+    lookahead = LOOKAHEAD
+
     def __init__(
         self,
         pack: Pack,
@@ -69,6 +71,7 @@ class SlotCache:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, Entry] = {}
         self._wanted: set[Key] = set()  # demanded and not fetched yet: not to be given up
+        self._layer = 0  # the last that experts were demanded of
         self._unguessed = 0  # tokens since the last guess
         self._classes = {
             nbytes: SizeClass(
@@ -127,7 +130,7 @@ class SlotCache:
 
     def _park(self, size: SizeClass) -> bool:
         """Give back one slot, if one can be emptied."""
-        if not size.free and not self._drop_staged(size, None) and not self._evict(size):
+        if not size.free and not self._drop_staged(size) and not self._evict(size):
             return False
         size.park()
         return True
@@ -135,9 +138,7 @@ class SlotCache:
     def demand(self, layer: int, experts: Sequence[int]) -> None:
         """See :class:`Residency`."""
         keys = [(layer, expert) for expert in experts]
-        self._cancel_wrong_guesses(layer, set(keys))
-        self._forget_failures(keys)
-        self._wanted = set(keys)
+        self._turn_to(layer, keys)
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.guessed:
@@ -148,7 +149,7 @@ class SlotCache:
                 size = self._class_of(key)
                 if size.demanded >= size.demanded_limit and not self._evict(size, key):
                     return
-                if not size.free and not self._drop_staged(size, None):
+                if not size.free and not self._drop_staged(size):
                     return
                 entry = self._read_demanded(key, size)
                 entry.missed = entry.counted = True
@@ -172,8 +173,7 @@ class SlotCache:
             if self._unguessed > UNGUESSED:
                 self._expect_guesses(False)
         keys = [(layer, expert) for expert in experts]
-        self._cancel_wrong_guesses(layer, set(keys))
-        self._forget_failures(keys)
+        self._turn_to(layer, keys)
         ready = [self._pin(key) for key in keys if key in self._entries]
         missing = deque(key for key in keys if key not in self._entries)
         started = sum(entry.missed for entry in ready)
@@ -181,7 +181,7 @@ class SlotCache:
         self._stats.misses += len(missing) + started
         for entry in ready:
             entry.missed = False
-        self._wanted.difference_update(keys)
+        self._wanted.clear()
         pending = list(ready)
         try:
             while pending or missing:
@@ -228,12 +228,14 @@ class SlotCache:
         """See :class:`Residency`."""
         self._unguessed = 0
         self._expect_guesses(True)
-        for expert in experts:
-            key = (layer, expert)
+        keys = [(layer, expert) for expert in experts]
+        self._cancel_wrong_guesses(layer, set(keys))
+        keep = {layer, *due_layers(self._layer)}
+        for key in keys:
             if key in self._entries:
                 continue
             size = self._class_of(key)
-            if not size.free and not self._drop_staged(size, layer):
+            if not size.free and not self._drop_staged(size, keep):
                 return
             entry = self._read(key, size.free.pop(), guessed=True)
             size.staged.append(entry.key)
@@ -248,6 +250,12 @@ class SlotCache:
         """See :class:`Residency`."""
         experts = range(len(self._pack.layers[layer]))
         return [expert for expert in experts if (layer, expert) in self._entries]
+
+    def _turn_to(self, layer: int, keys: list[Key]) -> None:
+        """These experts of a layer are needed now: none of them gives way before its use."""
+        self._layer, self._wanted = layer, set(keys)
+        self._cancel_wrong_guesses(layer, self._wanted)
+        self._forget_failures(keys)
 
     def _expect_guesses(self, expected: bool) -> None:
         for size in self._classes.values():
@@ -299,7 +307,7 @@ class SlotCache:
                 if pending or not left:
                     return False
                 self._io.wait(left)
-            elif not self._drop_staged(size, None):
+            elif not self._drop_staged(size):
                 # Every other slot is being filled by a guess; one will be done soon.
                 guesses = [self._entries[k].reading for k in size.staged]
                 if not guesses:
@@ -357,11 +365,11 @@ class SlotCache:
             if entry.reading.error is not None:
                 self._release(entry)
 
-    def _drop_staged(self, size: SizeClass, keep_layer: int | None) -> bool:
-        """Give up the oldest guess that was read and not used."""
+    def _drop_staged(self, size: SizeClass, keep: Collection[int] = ()) -> bool:
+        """Give up the oldest guess that was read and not used, but of no layer in ``keep``."""
         for key in size.staged:
             entry = self._entries[key]
-            if key[0] != keep_layer and entry.reading.done:
+            if entry.reading.done and key[0] not in keep:
                 self._release(entry)
                 return True
         return False

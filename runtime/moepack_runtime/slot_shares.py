@@ -5,6 +5,14 @@ from __future__ import annotations
 MAX_STAGED = 8
 """Guessed experts that may wait in slots at a time, at most a quarter of the slots."""
 
+LOOKAHEAD = 2
+"""Layers ahead of the one that computes for which guesses are read."""
+
+
+def due_layers(layer: int) -> range:
+    """The layers whose guesses are still to be used while ``layer`` computes."""
+    return range(layer + 1, layer + LOOKAHEAD + 1)
+
 
 def reserved_slots(slots: int, records: int, *, prefetch: bool) -> int:
     """Slots that wait for guesses, so that a wrong guess never costs a cached expert.

@@ -78,6 +78,55 @@ def test_layers_are_guessed_before_they_are_needed(watched: Any) -> None:
     assert notes[6:] == token * 2
 
 
+@pytest.fixture
+def played(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same with tokens that are played."""
+    from moepack_runtime import plugin
+
+    real = plugin.open_residency
+    monkeypatch.setattr(plugin, "open_residency", lambda *args: Watching(real(*args)))
+    return load_pack(pack, io="buffered")
+
+
+def test_played_tokens_are_guessed_two_layers_ahead(played: Any) -> None:
+    ids = families.tokens(batch=1, length=5)
+    played.generate(ids, max_new_tokens=4, do_sample=False)
+    assert played.moepack.tape.playing
+    token = [
+        ("demand", 0),
+        ("prefetch", 1),
+        ("prefetch", 2),
+        ("fetch", 0),
+        ("demand", 1),
+        ("prefetch", 2),
+        ("fetch", 1),
+        ("demand", 2),
+        ("fetch", 2),
+    ]
+    notes = [note[:2] for note in played.moepack.residency.notes]
+    assert notes[-2 * len(token) :] == token * 2
+
+
+def test_guesses_two_layers_ahead_that_are_wrong_stop(
+    played: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "TRIAL_ROUNDS", 4)
+    monkeypatch.setattr(prefetch, "FAR_RECALL", 1.1)
+    ids = families.tokens(batch=1, length=5)
+    played.generate(ids, max_new_tokens=16, do_sample=False)
+    notes = [note[:2] for note in played.moepack.residency.notes]
+    assert notes[-8:] == [
+        ("demand", 0),
+        ("prefetch", 1),
+        ("fetch", 0),
+        ("demand", 1),
+        ("prefetch", 2),
+        ("fetch", 1),
+        ("demand", 2),
+        ("fetch", 2),
+    ]
+
+
 def test_guesses_are_counted(watched: Any) -> None:
     ids = families.tokens(batch=1, length=5)
     watched.generate(ids, max_new_tokens=9, do_sample=False)

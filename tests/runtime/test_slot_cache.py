@@ -159,6 +159,37 @@ def test_a_wrong_guess_costs_no_cached_expert() -> None:
         assert stats.misses == 0
 
 
+def test_guesses_further_ahead_leave_nearer_ones_alone() -> None:
+    with opened(8 * SMALL.nbytes, sizes=1) as (cache, _, stats):
+        size = cache._classes[SMALL.nbytes]
+        for _ in cache.fetch(0, range(4)):
+            pass
+        reserved = size.slots - size.demanded_limit
+        near = list(range(reserved))
+        cache.prefetch(1, near)
+        for entry in list(cache._entries.values()):
+            cache._io.wait([entry.reading])
+        cache.prefetch(2, range(EXPERTS))  # takes what is free, and nothing from layer 1
+        assert {(1, expert) for expert in near} <= holds(cache)
+        assert sorted(e for e, _ in cache.fetch(1, near)) == near
+        assert stats.speculative_used == len(near)
+        check_invariants(cache)
+
+
+def test_a_later_guess_replaces_an_earlier_one() -> None:
+    """What is not being read yet is not read."""
+    with opened(15 * SMALL.nbytes, sizes=1, threads=1) as (cache, _, stats):
+        gate = threading.Event()
+        cache._io.submit(gate.wait, DEMAND)
+        cache.prefetch(2, [0, 1, 2])
+        cache.prefetch(2, [2, 3])
+        assert holds(cache) == {(2, 2), (2, 3)}
+        gate.set()
+        assert sorted(e for e, _ in cache.fetch(2, [2, 3])) == [2, 3]
+        assert (stats.speculative_reads, stats.speculative_used) == (2, 2)
+        assert stats.bytes_read == 2 * SMALL.nbytes
+
+
 def test_guesses_that_are_not_being_read_are_dropped() -> None:
     """A guess that turns out wrong before a thread takes it costs no bytes."""
     with opened(12 * SMALL.nbytes, sizes=1, threads=1) as (cache, _, stats):

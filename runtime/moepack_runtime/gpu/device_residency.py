@@ -8,6 +8,8 @@ from collections.abc import Sequence
 class DeviceResidency:
     """The parts of :class:`moepack_runtime.residency.Residency` that only host memory needs."""
 
+    lookahead = 1
+
     def demand(self, layer: int, experts: Sequence[int]) -> None:
         """Nothing: a layer's copies are queued when it fetches."""
 

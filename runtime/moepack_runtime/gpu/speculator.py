@@ -24,7 +24,10 @@ class DeviceSpeculator(Speculator):
         if not self.routers.found:
             self.routers.look(layer, top_k_index)
             return None
-        return self._ask(layer, top_k_index)
+        guesses = self._guesses_at(layer, len(top_k_index))
+        guess = self._ask(layer, layer + 1) if guesses else None
+        self.routers.forget(layer)
+        return guess
 
     def told(self, layer: int, needed: list[int], guess: torch.Tensor | None) -> None:
         """The indices are on the host: score the guess about this layer, use that about the next.
@@ -35,5 +38,4 @@ class DeviceSpeculator(Speculator):
             guess: What :meth:`ask` gave, in host memory.
         """
         self._score(layer, needed)
-        if guess is not None:
-            self._guess(layer + 1, guess)
+        self._guess(layer + 1, guess)

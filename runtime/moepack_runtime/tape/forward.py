@@ -7,13 +7,12 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..early_routers import Inputs
+from ..early_routers import Answers
 from ..experts_compute import ExpertsCompute
 from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
@@ -60,8 +59,8 @@ class TapeForward:
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
         self._computes, self._engine, self._stats = computes, engine, stats
-        self._routers = None if speculator is None else speculator.routers
-        self._inputs: Inputs = {}
+        self._speculator = speculator
+        self._answers: Answers = {}
         self._player: Player | None = None
         self._output: type[Any] | None = None
         self._why_not: str | None = None
@@ -92,7 +91,7 @@ class TapeForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward``."""
         found = None if self._why_not is not None else self._one_token(args, kwargs)
-        if found is None:
+        if found is None or self._looking():
             return self._forward(self._model(), *args, **kwargs)
         token, layers = found
         position = layers[0].get_seq_length()
@@ -107,9 +106,7 @@ class TapeForward:
                     return self._forward(self._model(), *args, **kwargs)
             assert self._player is not None
             assert self._output is not None
-            if self._routers is not None:
-                self._routers.show(self._inputs)
-            logits = self._player.play(token, position, layers)
+            logits = self._play(self._player, token, position, layers)
         for compute in self._computes:
             compute.settle()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
@@ -166,24 +163,22 @@ class TapeForward:
             token_at.fill_(ids)
             position_at.fill_(start + number)
             recorder = Recorder()
-            with ExitStack() as stack:
-                if self._routers is not None:
-                    self._inputs = stack.enter_context(self._routers.keeping())
-                output = self._recorded(model, recorder, token_at, position_at, layers)
+            self._answers = {}
+            output = self._recorded(model, recorder, token_at, position_at, layers)
             passes.append((recorder.steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)
-        read = [tensor for tensor, _ in self._inputs.values()]
         if any(compute.reads for compute in self._computes):
             second = reads_early(second)
+        keep = list(self._answers.values())
         player = Player(
-            second, token_at, position_at, output.logits, layers, self._engine, keep=read
+            second, token_at, position_at, output.logits, layers, self._engine, keep=keep
         )
         for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
-            got = player.play(ids, start + number, layers)
+            got = self._play(player, ids, start + number, layers)
             error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
             if not error <= TOLERANCE:
                 _rewind(layers, start)
@@ -193,6 +188,23 @@ class TapeForward:
             compute.settle()
         self._player, self._output = player, type(output)
         _log.info("%s", self.describe())
+
+    def _looking(self) -> bool:
+        """Whether the routers are yet to be found, in a pass of transformers' own."""
+        return self._speculator is not None and not self._speculator.routers.found
+
+    def _play(
+        self, player: Player, token: int, position: int, layers: list[GrowingLayer]
+    ) -> Tensor:
+        if self._speculator is None:
+            return player.play(token, position, layers)
+        with self._speculator.answered(self._answers):
+            return player.play(token, position, layers)
+
+    def _ask_ahead(self, layer: int) -> None:
+        """Make asking the next routers a part of the recording."""
+        if self._speculator is not None:
+            self._answers |= self._speculator.ask_ahead(layer)
 
     def _recorded(
         self,
@@ -214,7 +226,7 @@ class TapeForward:
         try:
             with (
                 recorded_attention(model, recorder, layers),
-                recording(recorder, opaque, self._computes),
+                recording(recorder, opaque, self._computes, self._ask_ahead),
             ):
                 output = self._forward(
                     model,

@@ -97,7 +97,10 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def recording(
-    recorder: Recorder, modules: dict[nn.Module, str], computes: Sequence[ExpertsCompute]
+    recorder: Recorder,
+    modules: dict[nn.Module, str],
+    computes: Sequence[ExpertsCompute],
+    before_experts: Callable[[int], None],
 ) -> Iterator[None]:
     """Record, with some modules and all experts as opaque steps.
 
@@ -105,10 +108,12 @@ def recording(
         recorder: Takes the steps.
         modules: The modules that are one step each, and its kind.
         computes: What computes the experts.
+        before_experts: Is told the layer whose experts come next; what it does is recorded too.
     """
 
-    def watch_experts(compute: ExpertsCompute) -> None:
+    def watch_experts(layer: int, compute: ExpertsCompute) -> None:
         def run(*inputs: Tensor) -> Tensor:
+            before_experts(layer)
             what = Opaque("experts", compute)
             return recorder.opaque(what, inputs, lambda: compute.compute(*inputs))
 
@@ -128,8 +133,8 @@ def recording(
     try:
         for module, kind in modules.items():
             watch(module, kind)
-        for compute in computes:
-            watch_experts(compute)
+        for layer, compute in enumerate(computes):
+            watch_experts(layer, compute)
         with recorder, torch.no_grad():
             yield
     finally:

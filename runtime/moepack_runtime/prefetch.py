@@ -77,6 +77,7 @@ class Speculator:
         self._far_guesses: dict[int, set[int]] = {}
         self._far_counts: dict[int, LayerGuesses] = {}
         self._trial = PrefetchTrial()
+        self._token_began: float | None = None
 
     @property
     def missing(self) -> list[int] | None:
@@ -137,9 +138,12 @@ class Speculator:
         """Whether guesses are made at a layer, which may be the first of a token."""
         if tokens > MAX_TOKENS:
             self._trial.interrupted()
+            self._token_began = None
             return False
         if layer == 0:
             self._start_token()
+        elif layer == len(self._experts) - 1:
+            self._end_token()
         return self._trial.guessing
 
     def _ask(self, layer: int, target: int) -> Tensor | None:
@@ -152,7 +156,8 @@ class Speculator:
 
     def _start_token(self) -> None:
         before = self._trial.verdict
-        guessing = self._trial.token(self._clock())
+        guessing = self._trial.token()
+        self._token_began = self._clock()
         self._stats.unguessed_tokens += not guessing
         verdict = self._trial.verdict
         if verdict is None or verdict is before:
@@ -165,6 +170,12 @@ class Speculator:
             verdict.with_guesses * 1e3,
             verdict.without * 1e3,
         )
+
+    def _end_token(self) -> None:
+        # From the first layer to the last: what happens between tokens is the caller's.
+        if self._token_began is not None:
+            self._trial.took(self._clock() - self._token_began)
+            self._token_began = None
 
     def _guess(self, target: int, indices: Tensor | None) -> None:
         """Start reading what the router of ``target`` picked."""

@@ -65,21 +65,14 @@ class PrefetchTrial:
         self.verdict: Verdict | None = None
         self.stops = self.withheld = 0
         self._state, self._left, self._hold = State.WARM_UP, WARM_UP, FIRST_HOLD
-        self._started: float | None = None
         self._times: tuple[list[float], list[float]] = ([], [])  # without, with
 
-    def token(self, now: float) -> bool:
+    def token(self) -> bool:
         """A token starts.
-
-        Args:
-            now: Seconds on any clock that does not run backwards.
 
         Returns:
             Whether to guess for it.
         """
-        if self._started is not None and self._state is State.TRIAL:
-            self._times[self.guessing].append(now - self._started)
-        self._started = now
         if self._left == 0:
             self._next_state()
         self._left -= 1
@@ -89,13 +82,17 @@ class PrefetchTrial:
         self.withheld += not self.guessing
         return self.guessing
 
+    def took(self, seconds: float) -> None:
+        """How long the token that was started last has taken; not told of every one."""
+        if self._state is State.TRIAL:
+            self._times[self.guessing].append(seconds)
+
     def interrupted(self) -> None:
-        """A prompt has come since the token started: what it took is not the token's.
+        """A prompt has come.
 
         Another text may differ, so the next trial comes at once unless the last one was a short
         while ago.
         """
-        self._started = None
         if self._state is State.HOLD and self._hold - self._left >= FIRST_HOLD:
             self._left = 0
 
@@ -105,7 +102,7 @@ class PrefetchTrial:
             self._times[0].clear()
             self._times[1].clear()
             return
-        if min(map(len, self._times)) < FEWEST:  # interrupted too often to tell
+        if min(map(len, self._times)) < FEWEST:  # too few were timed to tell
             self._left = TRIAL
             return
         without, with_guesses = map(_middle, self._times)

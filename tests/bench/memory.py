@@ -160,6 +160,7 @@ def summary(results: Results, compute_s: float) -> dict[str, Any]:
         "tokens_per_s": spread(speed),
         "tokens_per_s_by_round": speed,
         "hit_ratio": spread([run["hit_ratio"] for run in results.moepack]),
+        "unguessed_tokens_by_round": [run["unguessed_tokens"] for run in results.moepack],
         "missed_per_token": missed,
         "read_per_token": statistics.median(run["read_per_token"] for run in results.moepack),
         "disk_bytes_per_s": spread([run["disk_bytes_per_s"] for run in results.moepack]),

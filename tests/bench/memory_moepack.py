@@ -47,8 +47,7 @@ def run(
 ) -> tuple[list[float], list[int]]:
     """Feed tokens one by one, from an empty context after every ``context`` of them.
 
-    The disk has a turn after every seventh, which is not counted (a trial of prefetch, which counts
-    it, goes by fours).
+    The disk has a turn after every seventh, which is not counted.
 
     Returns:
         Seconds of each token, and the process's own memory after every hundredth.
@@ -122,6 +121,7 @@ def main() -> None:
         "median_ms": 1e3 * statistics.median(seconds),
         "hit_ratio": stats.hit_ratio,
         "recall": stats.recall,
+        "unguessed_tokens": stats.unguessed_tokens,
         "disk_bytes_per_s": None if disk is None else disk.bytes_per_s,
         "read_per_token": stats.bytes_per_token,
         # What was needed and was not there, whether a guess or a demand has fetched it.

@@ -24,12 +24,9 @@ WITHIN = 64
 """Tokens within which prefetch that costs speed must be off."""
 
 
-def run(
-    trial: PrefetchTrial, tokens: int, seconds: Callable[[bool], float], now: float = 0.0
-) -> float:
+def run(trial: PrefetchTrial, tokens: int, seconds: Callable[[bool], float]) -> None:
     for _ in range(tokens):
-        now += seconds(trial.token(now))
-    return now
+        trial.took(seconds(trial.token()))
 
 
 def test_off_when_it_costs_and_on_when_it_pays() -> None:
@@ -74,7 +71,8 @@ def test_it_is_tried_again_and_less_often() -> None:
     trial = PrefetchTrial()
     states = []
     for _ in range(3000):
-        states.append(trial.token(trial_clock(states)))
+        states.append(trial.token())
+        trial.took(2.0 if states[-1] else 1.0)
     off = [i for i, guessing in enumerate(states) if not guessing]
     tried = [i for i in range(WITHIN, 3000) if states[i] and not states[i - 1]]
     assert trial.stops == 1
@@ -85,45 +83,62 @@ def test_it_is_tried_again_and_less_often() -> None:
     assert gaps == [2 * FIRST_HOLD, 4 * FIRST_HOLD]
 
 
-def trial_clock(states: list[bool]) -> float:
-    """Tokens with guesses take twice as long."""
-    return sum(2.0 if guessing else 1.0 for guessing in states)
-
-
 def test_it_comes_back_when_it_pays_again() -> None:
     trial = PrefetchTrial()
-    now = run(trial, WITHIN, lambda guessing: 2.0 if guessing else 1.0)
+    run(trial, WITHIN, lambda guessing: 2.0 if guessing else 1.0)
     assert not trial.pays
-    run(trial, FIRST_HOLD + TRIAL, lambda guessing: 1.0 if guessing else 2.0, now)
+    run(trial, FIRST_HOLD + TRIAL, lambda guessing: 1.0 if guessing else 2.0)
     assert trial.pays
     assert trial.stops == 1
 
 
 def test_a_new_text_is_measured_soon() -> None:
     trial = PrefetchTrial()
-    now = run(trial, WITHIN + FIRST_HOLD + TRIAL, lambda guessing: 1.0 if guessing else 2.0)
-    now = run(trial, FIRST_HOLD + 10, lambda guessing: 1.0, now)
+    run(trial, WITHIN + FIRST_HOLD + TRIAL, lambda guessing: 1.0 if guessing else 2.0)
+    run(trial, FIRST_HOLD + 10, lambda guessing: 1.0)
     trial.interrupted()
-    run(trial, WITHIN, lambda guessing: 2.0 if guessing else 1.0, now)
+    run(trial, WITHIN, lambda guessing: 2.0 if guessing else 1.0)
     assert not trial.pays
 
 
-def test_times_with_a_prompt_between_do_not_count() -> None:
-    trial, now = PrefetchTrial(), 0.0
+def test_tokens_that_were_not_timed() -> None:
+    trial = PrefetchTrial()
     for i in range(400):
-        guessing = trial.token(now)
-        now += 1.0 if guessing else 1.1
-        if i % 5 == 0:
-            trial.interrupted()
-            now += 1000.0 if guessing else 0.0
+        guessing = trial.token()
+        if i % 5:
+            trial.took(1.0 if guessing else 1.1)
     assert trial.pays
-    # With every token interrupted nothing is ever timed, and nothing decided.
+    # Where nothing is ever timed, nothing is decided.
     trial = PrefetchTrial()
     for _ in range(400):
-        trial.token(0.0)
-        trial.interrupted()
+        trial.token()
     assert trial.verdict is None
     assert trial.pays
+
+
+def test_what_happens_between_tokens_is_not_theirs(
+    pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller who takes his time over every guessed token does not turn guessing off."""
+    now = 0.0
+    model = load(pack)
+    speculator = model.moepack.speculator
+    speculator._clock = lambda: now
+    model.model.layers[1].register_forward_pre_hook(lambda *_: pass_time(1.0))
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    ids = families.tokens(batch=1, length=1)
+    with torch.no_grad():
+        model(ids, use_cache=False)  # shows the routers
+        for _ in range(WITHIN + 1):
+            model(ids, use_cache=False)
+            pass_time(5.0 if speculator._trial.guessing else 0.0)
+    verdict = speculator._trial.verdict
+    assert verdict is not None
+    assert (verdict.pays, verdict.with_guesses, verdict.without) == (True, 1.0, 1.0)
 
 
 class SlowStore:

@@ -147,8 +147,10 @@ class SlotCache:
         for key in keys:
             if key not in self._entries:
                 size = self._class_of(key)
-                if size.demanded >= size.demanded_limit and not self._evict(size, key):
-                    return
+                # More than one may have to go: slots that wait for guesses again were in use.
+                while size.demanded >= size.demanded_limit:
+                    if not self._evict(size, key):
+                        return
                 if not size.free and not self._drop_staged(size):
                     return
                 entry = self._read_demanded(key, size)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moepack_runtime import record_reader
 from moepack_runtime.io_pool import DEMAND
-from moepack_runtime.slot_cache import record_sizes
+from moepack_runtime.slot_cache import UNGUESSED, record_sizes
 from tests.runtime.fake_pack import EXPERTS, LARGE, LAYERS, SMALL, check_invariants, holds, opened
 
 OPERATIONS = st.lists(
@@ -174,6 +174,28 @@ def test_guesses_further_ahead_leave_nearer_ones_alone() -> None:
         assert sorted(e for e, _ in cache.fetch(1, near)) == near
         assert stats.speculative_used == len(near)
         check_invariants(cache)
+
+
+def test_guesses_get_their_slots_back() -> None:
+    """Tokens without guesses use every slot; the next demand after a guess gives some back."""
+    with opened(8 * SMALL.nbytes, sizes=1) as (cache, _, stats):
+        size = cache._classes[SMALL.nbytes]
+
+        def token(guess: bool) -> None:
+            for layer in range(LAYERS):
+                cache.demand(layer, range(EXPERTS))
+                if guess and layer + 1 < LAYERS:
+                    cache.prefetch(layer + 1, range(EXPERTS))
+                for _ in cache.fetch(layer, range(EXPERTS)):
+                    pass
+
+        for _ in range(UNGUESSED + 1):
+            token(guess=False)
+        assert size.demanded == size.demanded_limit == size.slots
+        token(guess=True)
+        token(guess=True)
+        assert size.demanded <= size.demanded_limit < size.slots
+        assert stats.speculative_used > 0
 
 
 def test_a_later_guess_replaces_an_earlier_one() -> None:

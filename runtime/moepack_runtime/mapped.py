@@ -104,13 +104,14 @@ class MappedRecords:
         """Whether a record was used before, and so is probably in the page cache still."""
         return (layer, expert) in self._checked
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Ask the kernel to read ahead; see :class:`Residency`."""
-        for expert in experts:
-            if (layer, expert) not in self._checked:
-                at = self._pack.layers[layer][expert]
-                os.posix_fadvise(at.descriptor, at.offset, at.spec.nbytes, os.POSIX_FADV_WILLNEED)
-                self._stats.speculative_reads += 1
+        absent = [expert for expert in experts if (layer, expert) not in self._checked]
+        for expert in absent:
+            at = self._pack.layers[layer][expert]
+            os.posix_fadvise(at.descriptor, at.offset, at.spec.nbytes, os.POSIX_FADV_WILLNEED)
+        self._stats.speculative_reads += len(absent)
+        return absent
 
     def make_room(self, nbytes: int) -> None:
         """See :class:`Residency`. Mapped pages are the kernel's to take back."""

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -33,8 +34,10 @@ TRIAL_ROUNDS = 48
 MIN_RECALL = 0.3
 """After so many rounds, guesses for a layer stop if a smaller share of its experts was guessed."""
 
-FAR_RECALL = 0.6
-"""The same share for guesses two layers ahead."""
+FAR_PRECISION = 0.7
+"""After as many, guesses two layers ahead stop if a smaller share of what was read for them was
+needed. A disk that has more to read than time is slowed by every wrong one, and what a nearer guess
+would find wrong is read by then."""
 
 _ANSWERS = {
     (True, True): "stays on",
@@ -74,10 +77,11 @@ class Speculator:
         self.routers = EarlyRouters(model, adapters)
         self._experts = [adapter.num_experts for adapter in adapters]
         self._guesses: dict[int, set[int]] = {}
-        self._far_guesses: dict[int, set[int]] = {}
+        self._read_far: dict[int, set[int]] = {}  # what was begun to be read for far guesses
         self._far_counts: dict[int, LayerGuesses] = {}
         self._trial = PrefetchTrial()
         self._token_began: float | None = None
+        model.register_forward_hook(lambda *_: self._end_token())
 
     @property
     def missing(self) -> list[int] | None:
@@ -132,7 +136,7 @@ class Speculator:
     def _score(self, layer: int, needed: list[int]) -> None:
         """Count how good the guesses about a layer were."""
         _count(self._guesses.pop(layer, None), needed, self._stats.layers, layer)
-        _count(self._far_guesses.pop(layer, None), needed, self._far_counts, layer)
+        _count(self._read_far.pop(layer, None), needed, self._far_counts, layer)
 
     def _guesses_at(self, layer: int, tokens: int) -> bool:
         """Whether guesses are made at a layer, which may be the first of a token."""
@@ -142,13 +146,14 @@ class Speculator:
             return False
         if layer == 0:
             self._start_token()
-        elif layer == len(self._experts) - 1:
-            self._end_token()
         return self._trial.guessing
 
     def _ask(self, layer: int, target: int) -> Tensor | None:
         """What the router of ``target`` picks, ``[T, K]``; None where nothing is guessed."""
-        if target >= len(self._experts) or _fails(self._stats.layers.get(target), MIN_RECALL):
+        if target >= len(self._experts):
+            return None
+        counts = self._stats.layers.get(target)
+        if _tried(counts) and counts.right < MIN_RECALL * counts.needed:
             return None
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
@@ -172,7 +177,7 @@ class Speculator:
         )
 
     def _end_token(self) -> None:
-        # From the first layer to the last: what happens between tokens is the caller's.
+        # From the first experts to the end: what happens between tokens is the caller's.
         if self._token_began is not None:
             self._trial.took(self._clock() - self._token_began)
             self._token_began = None
@@ -180,20 +185,24 @@ class Speculator:
     def _guess(self, target: int, indices: Tensor | None) -> None:
         """Start reading what the router of ``target`` picked."""
         if indices is not None:
-            self._guesses[target] = self._prefetch(target, indices)
+            ranked = self._ranked(target, indices)
+            self._guesses[target] = set(ranked)
+            self._residency.prefetch(target, ranked)
 
     def _guess_far(self, layer: int, target: int) -> None:
         """The same for a layer whose guess can still be replaced, if it costs no asking."""
-        indices = self.routers.answer(layer, target)
-        if indices is not None and not _fails(self._far_counts.get(target), FAR_RECALL):
-            self._far_guesses[target] = self._prefetch(target, indices)
+        indices, counts = self.routers.answer(layer, target), self._far_counts.get(target)
+        if indices is None or (_tried(counts) and counts.right < FAR_PRECISION * counts.guessed):
+            return
+        self._read_far[target] = set(
+            self._residency.prefetch(target, self._ranked(target, indices))
+        )
 
-    def _prefetch(self, target: int, indices: Tensor) -> set[int]:
-        # First choices first; some routers also pick places without an expert.
+    def _ranked(self, target: int, indices: Tensor) -> list[int]:
+        """``[T, K]`` indices as experts, first choices first."""
         choices = dict.fromkeys(indices.t().reshape(-1).tolist())
-        ranked = [expert for expert in choices if expert < self._experts[target]]
-        self._residency.prefetch(target, ranked)
-        return set(ranked)
+        # Some routers also pick places without an expert.
+        return [expert for expert in choices if expert < self._experts[target]]
 
 
 def _count(
@@ -207,8 +216,6 @@ def _count(
         of_layer.right += len(guess.intersection(needed))
 
 
-def _fails(counts: LayerGuesses | None, least: float) -> bool:
-    """Whether guesses were tried for long enough and were right too seldom."""
-    if counts is None or counts.rounds < TRIAL_ROUNDS:
-        return False
-    return counts.right < least * counts.needed
+def _tried(counts: LayerGuesses | None) -> TypeGuard[LayerGuesses]:
+    """Whether guesses were counted for long enough to be judged."""
+    return counts is not None and counts.rounds >= TRIAL_ROUNDS

@@ -54,11 +54,14 @@ class Residency(Protocol):
     def holds(self, layer: int, expert: int) -> bool:
         """Whether a record can be had without waiting for a file."""
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Start reading experts that will probably be needed soon, best guess first.
 
         Guesses that were made for the layer before and are not among these are forgotten unless
         they are being read.
+
+        Returns:
+            The experts that are going to be read for this.
         """
 
     def make_room(self, nbytes: int) -> None:

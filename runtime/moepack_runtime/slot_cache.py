@@ -226,22 +226,25 @@ class SlotCache:
         """The slots' memory, for pinning it."""
         return [size.arena.tensor(0, size.arena.slots) for size in self._classes.values()]
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """See :class:`Residency`."""
         self._unguessed = 0
         self._expect_guesses(True)
         keys = [(layer, expert) for expert in experts]
         self._cancel_wrong_guesses(layer, set(keys))
         keep = {layer, *due_layers(self._layer)}
+        begun: list[int] = []
         for key in keys:
             if key in self._entries:
                 continue
             size = self._class_of(key)
             if not size.free and not self._drop_staged(size, keep):
-                return
+                break
             entry = self._read(key, size.free.pop(), guessed=True)
             size.staged.append(entry.key)
-            self._stats.speculative_reads += 1
+            begun.append(key[1])
+        self._stats.speculative_reads += len(begun)
+        return begun
 
     def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """See :class:`Residency`."""

@@ -44,11 +44,19 @@ def test_generate_from_a_hub_id_and_offline_after_that(shared: Client, pack: Pat
     assert len(online) > len("And the king")
     shared.hub.forget()
     assert shared.ok("generate", "me/pack", *GENERATE, HF_HUB_OFFLINE="1") == online
-    looked = shared.ok("inspect", "me/pack", HF_HUB_OFFLINE="1")
+    done = shared.run("inspect", "me/pack", HF_HUB_OFFLINE="1")
+    looked = done.out
+    assert (done.code, done.err) == (0, "")
     assert not shared.hub.requests
     assert looked == shared.ok("inspect", pack)
     shared.hub.close()  # nobody knows beforehand that there is no network
-    assert shared.ok("inspect", "me/pack") == looked
+    for command, wanted in (
+        (["inspect", "me/pack"], looked),
+        (["generate", "me/pack", *GENERATE], online),
+    ):
+        done = shared.run(*command)
+        assert (done.code, done.out) == (0, wanted)
+        assert "the Hub cannot be reached; using me/pack as the Hub cache holds it" in done.err
     assert "no such folder" not in shared.fails(6, "inspect", "me/other")
 
 

@@ -40,9 +40,10 @@ class Watching:
         found: Iterator[dict[int, Tensor]] = self.inner.fetch_ready(layer, experts)
         return found
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         self.notes.append(("prefetch", layer, list(experts)))
-        self.inner.prefetch(layer, experts)
+        begun: list[int] = self.inner.prefetch(layer, experts)
+        return begun
 
     def close(self) -> None:
         self.inner.close()
@@ -85,7 +86,7 @@ def played(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     real = plugin.open_residency
     monkeypatch.setattr(plugin, "open_residency", lambda *args: Watching(real(*args)))
-    return load_pack(pack, io="buffered")
+    return load_pack(pack, io="buffered", slots=9)
 
 
 def test_played_tokens_are_guessed_two_layers_ahead(played: Any) -> None:
@@ -111,7 +112,7 @@ def test_guesses_two_layers_ahead_that_are_wrong_stop(
     played: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefetch, "TRIAL_ROUNDS", 4)
-    monkeypatch.setattr(prefetch, "FAR_RECALL", 1.1)
+    monkeypatch.setattr(prefetch, "FAR_PRECISION", 1.1)
     ids = families.tokens(batch=1, length=5)
     played.generate(ids, max_new_tokens=16, do_sample=False)
     notes = [note[:2] for note in played.moepack.residency.notes]

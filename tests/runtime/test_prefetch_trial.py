@@ -18,6 +18,7 @@ from moepack_formats import osio
 from moepack_runtime.early_routers import EarlyRouters
 from moepack_runtime.loading import load_pack
 from moepack_runtime.prefetch_trial import FIRST_HOLD, TRIAL, WARM_UP, PrefetchTrial
+from moepack_runtime.slot_cache import SlotCache
 from tests import families
 
 WITHIN = 64
@@ -168,7 +169,7 @@ def decode(model: Any, tokens: int) -> None:
 def guess_by(
     patch: pytest.MonkeyPatch, choose: Callable[[Any, int, int, Tensor], Sequence[int]]
 ) -> None:
-    """Replace what the early routers say, where they can be asked."""
+    """Replace what the early routers say, where they can be asked, one layer ahead."""
     real = EarlyRouters.ask
 
     def ask(self: Any, layer: int, target: int, *, ranked: bool = False) -> Tensor | None:
@@ -176,6 +177,11 @@ def guess_by(
         return None if indices is None else torch.tensor([choose(self, layer, target, indices)])
 
     patch.setattr(EarlyRouters, "ask", ask)
+
+
+@pytest.fixture(autouse=True)
+def one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotCache, "lookahead", 1)
 
 
 def load(pack: Path) -> Any:
@@ -186,13 +192,14 @@ def load(pack: Path) -> Any:
 def test_wrong_guesses_turn_themselves_off(
     pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Demands wait behind reads of records that nobody wants."""
+    """Demands wait behind reads of records that nobody wants, and for the guessing itself."""
     model = load(pack)
     SlowStore(model, monkeypatch, read_s=0.003, compute_s=0)
     # Half right, so that the rule about recall does not end it; half wrong and not resident.
     resident = model.moepack.residency.resident
 
     def choose(_: Any, __: int, target: int, indices: Tensor) -> Sequence[int]:
+        time.sleep(0.005)
         at_hand, right = resident(target), indices[0].tolist()
         return [*[e for e in range(8) if e not in at_hand and e not in right][:3], *right]
 

@@ -81,7 +81,7 @@ def test_it_agrees_with_the_real_cache_that_guesses(
     """
     # Every token is guessed for, as in the simulator, however often in vain.
     monkeypatch.setattr("moepack_runtime.prefetch_trial.WARM_UP", 10**6)
-    monkeypatch.setattr("moepack_runtime.prefetch.FAR_RECALL", 0)
+    monkeypatch.setattr("moepack_runtime.prefetch.FAR_PRECISION", 0)
     if ahead == 2:  # as where a recorded pass asks
         monkeypatch.setattr(
             EarlyRouters,
@@ -91,10 +91,11 @@ def test_it_agrees_with_the_real_cache_that_guesses(
     if keeps_up:
         prefetch = SlotCache.prefetch
 
-        def patient(cache: SlotCache, layer: int, experts: list[int]) -> None:
-            prefetch(cache, layer, experts)
+        def patient(cache: SlotCache, layer: int, experts: list[int]) -> list[int]:
+            begun = prefetch(cache, layer, experts)
             for entry in list(cache._entries.values()):
                 cache._io.wait([entry.reading])
+            return begun
 
         monkeypatch.setattr(SlotCache, "prefetch", patient)
     trace, stats = run_real(tiny, slots, ahead, prefetch=True, policy=policy)

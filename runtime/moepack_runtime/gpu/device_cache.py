@@ -225,12 +225,12 @@ class DeviceCache(DeviceResidency):
         """See :class:`Residency`."""
         return [key[1] for key in self._entries if key[0] == layer]
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Remember guesses; they are copied behind the demands of the layer that asks next."""
         self._guesses = deque((layer, expert) for expert in dict.fromkeys(experts))
-        for _, expert in self._guesses:
-            if not self._source.holds(layer, expert):
-                self._source.prefetch(layer, [expert])
+        absent = [expert for _, expert in self._guesses if not self._source.holds(layer, expert)]
+        self._source.prefetch(layer, absent)
+        return absent
 
     def _turn(self, entries: list[_Entry]) -> dict[int, Tensor]:
         records = {entry.key[1]: self._record(entry) for entry in entries}

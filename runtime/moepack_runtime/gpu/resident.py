@@ -95,5 +95,6 @@ class ResidentRecords(DeviceResidency):
         """See :class:`Residency`."""
         return list(range(len(self._layers[layer])))
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Nothing is missing."""
+        return []

@@ -98,8 +98,9 @@ class WholeLayers(DeviceResidency):
         """See :class:`Residency`."""
         return []
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Whole layers are moved whatever is guessed."""
+        return []
 
     def _move(self, layer: int) -> _Moved:
         """Queue the copies of a layer's records."""

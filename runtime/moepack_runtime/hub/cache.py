@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from moepack_formats.errors import FormatError, IntegrityError, MoepackError, NetworkError
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
@@ -18,6 +19,8 @@ from .listing import list_pack
 from .progress import Bar, TransferProgress
 from .remote import LIBRARY, RemoteRepo
 from .retry import retrying
+
+_log = logging.getLogger(__name__)
 
 _PREFIX = "models--"
 
@@ -67,7 +70,9 @@ def cached_pack(repo_id: str, revision: str | None, error: NetworkError) -> Path
     if status_behind(error) is not None:
         raise error
     with contextlib.suppress(NetworkError):
-        return fetch_pack(repo_id, revision=revision, offline=True)
+        folder = fetch_pack(repo_id, revision=revision, offline=True)
+        _say_unreachable(repo_id)
+        return folder
     raise error
 
 
@@ -117,6 +122,8 @@ def _snapshot(repo_id: str, revision: str | None, *, local_only: bool) -> Path |
     """The snapshot that holds the manifest of this revision, fetched if need be."""
 
     def get(*, local_only: bool) -> Path:
+        if not local_only:  # downloading falls back on the cache without a word
+            get_hf_file_metadata(hf_hub_url(repo_id, MANIFEST_NAME, revision=revision))
         return Path(
             hf_hub_download(
                 repo_id,
@@ -138,8 +145,14 @@ def _snapshot(repo_id: str, revision: str | None, *, local_only: bool) -> Path |
             with contextlib.suppress(OSError, ValueError):
                 folder = get(local_only=True)
                 if is_whole(folder):
+                    _say_unreachable(repo_id)
                     return folder
         raise
+
+
+def _say_unreachable(repo_id: str) -> None:
+    if not constants.HF_HUB_OFFLINE:  # what was asked for needs no telling
+        _log.warning("the Hub cannot be reached; using %s as the Hub cache holds it", repo_id)
 
 
 def _complete(repo_id: str, folder: Path, progress: TransferProgress | None) -> None:

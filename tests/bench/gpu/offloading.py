@@ -86,8 +86,10 @@ class NoHost:
     def address(self, layer: int, expert: int) -> None:
         return None
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        return None
+    lookahead = 1
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return []
 
     def describe(self) -> str:
         return "random records in memory"

@@ -39,8 +39,11 @@ class FakeHost:
     def address(self, layer: int, expert: int) -> None:
         return None
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    lookahead = 1
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         self.asked += [(layer, expert) for expert in experts]
+        return list(experts)
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         for records in self.fetch_ready(layer, experts):

@@ -255,6 +255,15 @@ def test_guesses_on_the_disk_are_asked_for_and_copied_later() -> None:
         assert cache.holds(2, 1)
 
 
+def test_guesses_on_the_disk_are_asked_for_together() -> None:
+    """One after the other, each would replace the guess before it."""
+    with opened(12, at_hand={(2, 3)}) as (cache, _, host, _, _):
+        calls: list[list[int]] = []
+        host.prefetch = lambda layer, experts: calls.append(list(experts))  # type: ignore[method-assign]
+        cache.prefetch(2, [1, 3, 0, 1])
+        assert calls == [[1, 0]]
+
+
 def test_no_more_guesses_than_staging_slots_once_the_cache_is_full() -> None:
     with opened(8) as (cache, pack, _, _, _):
         for layer in (0, 1):

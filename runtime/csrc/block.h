@@ -111,7 +111,7 @@ void activate(const moepack_activation& how, const float* gate, const float* up,
 template <class V, int BITS> void unpack_block(const uint8_t* w, uint8_t codes[16][64]) {
   alignas(64) uint8_t quads[16][64];
   for (int half = 0; half < 2; ++half)
-    each_quad<V, BITS, 32>(w + half * 64 * BITS, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+    each_quad<V, BITS>(w + half * 64 * BITS, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
       V::store_codes(quads[half * 8 + quad], c);
     });
   for (int r = 0; r < kTileRows; ++r)
@@ -125,8 +125,8 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
   constexpr Format F = kFormats[S];
   constexpr int groups = F.group >= kBlockCols ? 1 : kBlockCols / F.group;
   constexpr int width = kBlockCols / groups;  // inputs of a block under one scale
-  constexpr int stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
   float outer[2][16] = {}, scale[groups][16], low[groups][16];
+  const uint8_t* fifths = w;
   if constexpr (F.scale_bits == 8) {
     memcpy(outer, w, sizeof outer);
     w += sizeof outer;
@@ -141,19 +141,28 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
       w += F.code_nbytes();
       if (place + 1 == count) w += 64;
     } else {
-      if (F.scale_bits == 4 && place == 0) {
-        load_halves<V>(w, outer[0]), load_halves<V>(w + 32, outer[1]);
-        codes_at = w += 64;
+      if (F.super_nbytes() > 0 && place == 0) {
+        load_halves<V>(w, outer[0]);
+        if (!F.centred()) load_halves<V>(w + 32, outer[1]);
+        fifths = w + 32;
+        codes_at = w += F.super_nbytes();
       }
       const uint8_t* metadata = w + F.code_nbytes();
       for (int g = 0; g < groups; ++g)
         for (int r = 0; r < kTileRows; ++r) {
-          const uint8_t* m = metadata + g * stored + r;
-          float s = F.scale_bits == 8 ? m[0] : m[0] & 15;
-          float l = F.scale_bits == 8 ? static_cast<int8_t>(m[kTileRows]) : m[0] >> 4;
-          scale[g][r] = s * outer[0][r], low[g][r] = l * outer[1][r];
+          if constexpr (F.centred()) {
+            int64_t number = place * groups + g;  // in the span
+            int four = metadata[g / 2 * kTileRows + r] >> g % 2 * 4 & 15;
+            int fifth = fifths[number / 8 * kTileRows + r] >> number % 8 & 1;
+            scale[g][r] = static_cast<float>(four - 16 * fifth) * outer[0][r];
+          } else {
+            const uint8_t* m = metadata + g * (F.small_nbytes() / groups) + r;
+            float s = F.scale_bits == 8 ? m[0] : m[0] & 15;
+            float l = F.scale_bits == 8 ? static_cast<int8_t>(m[kTileRows]) : m[0] >> 4;
+            scale[g][r] = s * outer[0][r], low[g][r] = l * outer[1][r];
+          }
         }
-      w = metadata + groups * stored;
+      w = metadata + F.small_nbytes();
     }
     uint8_t codes[16][64];
     unpack_block<V, F.bits>(codes_at, codes);
@@ -161,8 +170,11 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     for (int r = 0; r < kTileRows; ++r) {
       float buffer[kBlockCols], *to = left < kBlockCols ? buffer : out + r * stride + b * kBlockCols;
       for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < width; ++i)  // two roundings: the file is compiled without contraction
-          to[g * width + i] = codes[r][g * width + i] * scale[g][r] - low[g][r];
+        for (int i = g * width; i < (g + 1) * width; ++i) {
+          if constexpr (F.centred()) to[i] = (codes[r][i] - F.centre()) * scale[g][r];
+          // Two roundings: the file is compiled without contraction.
+          else to[i] = codes[r][i] * scale[g][r] - low[g][r];
+        }
       if (left < kBlockCols) memcpy(out + r * stride + b * kBlockCols, buffer, 4 * left);
     }
   }

@@ -13,7 +13,8 @@ struct Avx2 {
   struct Ints { __m256i a[2]; };
   struct Floats { __m256 a[2]; };
   static constexpr int kTokens = 2, kByteTokens = 2;
-  static constexpr bool kPairs = true, kExpands = false;
+  static constexpr bool kExpands = false;
+  template <Scheme S> static constexpr bool pairs() { return S == Q2G16S4; }
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) { return R{{f(0), f(1)}}; }
 #define EACH(R, expression) make<R>([&](int i) MOEPACK_LAMBDA { return expression; })
@@ -127,8 +128,15 @@ struct Avx2 {
   }
 
   static MOEPACK_INLINE Ints zero_ints() { return Ints{}; }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) {
-    return EACH(Ints, _mm256_add_epi32(a.a[i], b.a[i]));
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) {
+    return EACH(Ints, _mm256_sub_epi32(a.a[i], b.a[i]));
+  }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) {
+    __m128i count = _mm_cvtsi32_si128(n);
+    return EACH(Ints, _mm256_srl_epi32(v.a[i], count));
+  }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) {
+    return EACH(Ints, _mm256_slli_epi32(v.a[i], 4));
   }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) {
     return EACH(Ints, _mm256_add_epi32(sum.a[i], _mm256_madd_epi16(a.a[i], b.a[i])));
@@ -137,6 +145,10 @@ struct Avx2 {
   static MOEPACK_INLINE Ints set_low16(int32_t x) {
     __m256i v = _mm256_set1_epi32(x & 0xFFFF);
     return Ints{{v, v}};
+  }
+  static MOEPACK_INLINE Ints low16(Ints v) {
+    __m256i mask = _mm256_set1_epi32(0xFFFF);
+    return EACH(Ints, _mm256_and_si256(v.a[i], mask));
   }
   static MOEPACK_INLINE __m128i load64(const uint8_t* p) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

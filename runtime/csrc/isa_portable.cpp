@@ -14,7 +14,8 @@ struct Portable {
   using Partial = Ints;
   using Floats = FloatWords;
   static constexpr int kTokens = 1, kByteTokens = 4;
-  static constexpr bool kPairs = false, kExpands = true;
+  static constexpr bool kExpands = true;
+  template <Scheme> static constexpr bool pairs() { return false; }
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {
     T v;
@@ -39,9 +40,12 @@ struct Portable {
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) { return dot(sum, c, x); }
 
   static MOEPACK_INLINE Ints zero_ints() { return Ints{}; }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) { return a + b; }
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) { return a - b; }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) { return v >> n; }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) { return v << 4; }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) { return sum + a * b; }
   static MOEPACK_INLINE Ints set_low16(int32_t x) { return Ints{} + x; }
+  static MOEPACK_INLINE Ints low16(Ints v) { return v; }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     Ints v;
     for (int i = 0; i < 16; ++i) v[i] = p[i];

@@ -24,7 +24,6 @@ _STORED_AS = {
     16: {"scales": "<f2", "minima": "<f2"},
     8: {"scales": "u1", "minima": "i1", "outer_scales": "<f4", "outer_minima": "<f4"},
     4: {"scales": "u1", "minima": "u1", "outer_scales": "<f2", "outer_minima": "<f2"},
-    5: {"scales": "i1", "outer_scales": "<f2"},
 }
 _EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
 
@@ -127,11 +126,7 @@ def dequantize(matrix: QuantizedMatrix) -> npt.NDArray[np.float32]:
     scheme, (rows, cols) = matrix.scheme, matrix.shape
     if scheme.is_raw:
         return _raw_values(matrix)
-    scales = _effective(matrix.scales)
-    if scheme.scale_bits == 5:
-        scales = scales * _spread(matrix.outer_scales, SUPER_COLS // scheme.group, scales.shape[1])
-        return (matrix.codes.astype(np.float32) - 4) * _spread(scales, scheme.group, cols)
-    minima = _effective(matrix.minima)
+    scales, minima = _effective(matrix.scales), _effective(matrix.minima)
     if matrix.outer_scales is not None and matrix.outer_minima is not None:
         # [R, 1] covers a row, [R, S] covers 256 inputs each.
         per_outer = SUPER_COLS // scheme.group if scheme.scale_bits == 4 else scales.shape[1]
@@ -217,24 +212,8 @@ def _spans(scheme: Scheme, padded_cols: int) -> Iterator[_Span]:
 def _pack_span(span: _Span, out: Bytes, codes: Bytes, by_tile: dict[str, Array]) -> None:
     tiles, scheme = len(out), span.scheme
     scales = by_tile["scales"][:, span.groups]  # [T, groups, 16]
-    code_bytes = block_nbytes(scheme.bits)
-    if scheme.scale_bits == 5:
-        bits = scales.view(np.uint8)  # [T, count * groups, 16]
-        bits = bits.reshape(tiles, span.count, -1, TILE_ROWS)
-        out[:, :, :32] = by_tile["outer_scales"][:, span.supers].view(np.uint8)
-        fifth = np.zeros((tiles, span.count, 16, TILE_ROWS), np.uint8)
-        fifth[:, :, : bits.shape[2]] = bits >> 4 & 1
-        packed = np.packbits(
-            fifth.reshape(tiles, span.count, 2, 8, TILE_ROWS), axis=3, bitorder="little"
-        )
-        out[:, :, 32:64] = packed.reshape(tiles, span.count, 32)
-        body = out[:, :, 64:].reshape(tiles, span.count, span.blocks_each, -1)
-        body[..., :code_bytes] = codes.reshape(*body.shape[:3], code_bytes)
-        nibbles = (bits & 15).reshape(tiles, span.count, span.blocks_each, 2, 2, TILE_ROWS)
-        both = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-        body[..., code_bytes:] = both.reshape(*body.shape[:3], -1)
-        return
     minima = by_tile["minima"][:, span.groups]
+    code_bytes = block_nbytes(scheme.bits)
     if scheme.scale_bits == 16:
         size = span.blocks_each * code_bytes
         out[:, :, :size] = codes.reshape(tiles, span.count, size)

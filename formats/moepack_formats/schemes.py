@@ -64,9 +64,9 @@ class Scheme:
         if self.is_raw:
             return codes
         groups = -(-blocks * BLOCK_COLS // self.group)
-        per_group = {16: 4 * TILE_ROWS, 8: 2 * TILE_ROWS, 4: TILE_ROWS, 5: TILE_ROWS // 2}
-        super_scales = 4 * TILE_ROWS if self.scale_bits in (4, 5) else 0
-        return codes + groups * per_group[self.scale_bits] + super_scales
+        per_group = {16: 4, 8: 2, 4: 1}[self.scale_bits] * TILE_ROWS
+        super_scales = 4 * TILE_ROWS if self.scale_bits == 4 else 0
+        return codes + groups * per_group + super_scales
 
     def tile_nbytes(self, cols: int) -> int:
         """Bytes of one tile: 16 rows x all inputs."""
@@ -95,7 +95,6 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("q2g16s8", bits=2, group=16, scale_bits=8, span=64),
         Scheme("q2g16s4", bits=2, group=16, scale_bits=4, span=256),
         Scheme("q3g32s4", bits=3, group=32, scale_bits=4, span=256),
-        Scheme("q3g16s5", bits=3, group=16, scale_bits=5, span=256),
         Scheme("f16", bits=16, group=0, scale_bits=0, span=64),
         Scheme("bf16", bits=16, group=0, scale_bits=0, span=64),
         Scheme("f32", bits=32, group=0, scale_bits=0, span=64),

@@ -21,7 +21,8 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
   }
 }
 
-// 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
+// 32 values to int8. For each 16 of them the sums of the first two and of the last two of every four
+// go to `sums`. Returns the step.
 inline float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
   for (int g = 0; g < 2; ++g)
@@ -39,19 +40,19 @@ inline float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   // A NaN or infinity makes the step NaN, and every output with it, as it would in a dot product.
   if (poison != 0.0f) {
     memset(q, 0, kStepCols);
-    sums[0] = sums[1] = 0;
+    memset(sums, 0, 4 * sizeof *sums);
     return poison;
   }
   // 127 / absmax would overflow for denormals; they count as zero.
   float inverse = most > 1e-36f ? 127.0f / most : 0.0f;
   for (int g = 0; g < 2; ++g) {
-    int32_t sum = 0;
+    int32_t sum[2] = {};
     for (int i = 0; i < kLanes; ++i) {
       int32_t code = float_bits(v[16 * g + i] * inverse + kRound) - kRoundBits;
       q[16 * g + i] = static_cast<int8_t>(code);
-      sum += code;
+      sum[i / 2 % 2] += code;
     }
-    sums[g] = static_cast<int16_t>(sum);
+    for (int i = 0; i < 2; ++i) sums[2 * g + i] = static_cast<int16_t>(sum[i]);
   }
   return most / 127.0f;
 }
@@ -67,9 +68,13 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   float sum = 0;
   for (int64_t half = 0; half < 2; ++half) {
     int64_t at = 2 * block + half;
-    int16_t* sums = row.qsum16 + 2 * at;
+    int16_t sums[4];
     row.step[at] = STEP(x + half * kStepCols, row.q + at * kStepCols, sums);
-    sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
+    for (int64_t g = 0; g < 2; ++g)
+      row.qsum16[2 * at + g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+    for (int64_t i = 0; i < 4; ++i)
+      row.qlevel[4 * at + i] = static_cast<int16_t>(kLevelOffset * sums[i]);
+    sum += row.step[at] * static_cast<float>(row.qsum16[2 * at] + row.qsum16[2 * at + 1]);
   }
   row.sum64[block] = sum;
 }
@@ -143,14 +148,14 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     } else {
       if (F.super_nbytes() > 0 && place == 0) {
         load_halves<V>(w, outer[0]);
-        if (!F.centred()) load_halves<V>(w + 32, outer[1]);
+        if (!F.levels()) load_halves<V>(w + 32, outer[1]);
         fifths = w + 32;
         codes_at = w += F.super_nbytes();
       }
       const uint8_t* metadata = w + F.code_nbytes();
       for (int g = 0; g < groups; ++g)
         for (int r = 0; r < kTileRows; ++r) {
-          if constexpr (F.centred()) {
+          if constexpr (F.levels()) {
             int64_t number = place * groups + g;  // in the span
             int four = metadata[g / 2 * kTileRows + r] >> g % 2 * 4 & 15;
             int fifth = fifths[number / 8 * kTileRows + r] >> number % 8 & 1;
@@ -171,7 +176,7 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
       float buffer[kBlockCols], *to = left < kBlockCols ? buffer : out + r * stride + b * kBlockCols;
       for (int g = 0; g < groups; ++g)
         for (int i = g * width; i < (g + 1) * width; ++i) {
-          if constexpr (F.centred()) to[i] = (codes[r][i] - F.centre()) * scale[g][r];
+          if constexpr (F.levels()) to[i] = (kLevels[codes[r][i]] - kLevelOffset) * scale[g][r];
           // Two roundings: the file is compiled without contraction.
           else to[i] = codes[r][i] * scale[g][r] - low[g][r];
         }

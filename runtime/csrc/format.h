@@ -21,9 +21,8 @@ struct Format {
   int span;        // inputs per self-contained run of bytes
 
   constexpr bool raw() const { return group == 0; }
-  // Signed scales and no minima: a code c stands for c - centre().
-  constexpr bool centred() const { return scale_bits == 5; }
-  constexpr int centre() const { return 1 << (bits - 1); }
+  // Signed scales and no minima: a code stands for one of the levels below.
+  constexpr bool levels() const { return scale_bits == 5; }
   constexpr int64_t head_nbytes() const { return scale_bits == 8 ? 2 * 4 * kTileRows : 0; }
   constexpr int64_t code_nbytes() const { return int64_t{kTileRows} * kBlockCols * bits / 8; }
 
@@ -54,6 +53,10 @@ constexpr Format kFormats[kSchemes] = {
     {8, 64, 16, 64}, {2, 16, 8, 64},  {2, 16, 4, 256},  {3, 32, 4, 256},
     {3, 16, 5, 256}, {16, 0, 0, 64},  {16, 0, 0, 64},  {32, 0, 0, 64},
 };
+
+// A code c of q3g16s5 stands for kLevels[c] - kLevelOffset.
+constexpr uint8_t kLevels[8] = {0, 6, 11, 15, 18, 22, 26, 31};
+constexpr int kLevelOffset = 18;
 
 // Always inline: a copy compiled for a newer instruction set must not be what others call.
 __attribute__((always_inline)) constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

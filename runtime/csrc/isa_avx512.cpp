@@ -13,7 +13,7 @@ struct Avx512 {
   using Floats = __m512;
   static constexpr int kTokens = 4, kByteTokens = 4;
   static constexpr bool kExpands = true;
-  template <Scheme> static constexpr bool pairs() { return false; }
+  template <Scheme> static constexpr bool own_half() { return false; }
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
@@ -23,6 +23,11 @@ struct Avx512 {
     return _mm512_and_si512(c, _mm512_set1_epi8(MASK));
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    int64_t table;
+    memcpy(&table, kLevels, 8);
+    return _mm512_shuffle_epi8(_mm512_set1_epi64(table), c);
+  }
 
   static MOEPACK_INLINE __m512i broadcast(const int8_t* x) {
     int32_t four;
@@ -47,8 +52,9 @@ struct Avx512 {
   }
   // The high half must be zero: mul_add_16 multiplies high halves too.
   static MOEPACK_INLINE Ints set_low16(int32_t x) { return _mm512_set1_epi32(x & 0xFFFF); }
-  static MOEPACK_INLINE Ints low16(Ints v) {
-    return _mm512_and_si512(v, _mm512_set1_epi32(0xFFFF));
+  static MOEPACK_INLINE Ints set_int(int32_t x) { return _mm512_set1_epi32(x); }
+  static MOEPACK_INLINE Ints mul_add_32(Ints sum, Ints a, Ints b) {
+    return _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b));
   }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -18,7 +18,7 @@ struct Neon {
   using Partial = Ints;
   static constexpr int kTokens = 2, kByteTokens = 4;
   static constexpr bool kExpands = true;
-  template <Scheme> static constexpr bool pairs() { return false; }
+  template <Scheme> static constexpr bool own_half() { return false; }
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) {
     return R{{f(0), f(1), f(2), f(3)}};
@@ -37,6 +37,10 @@ struct Neon {
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) {
     return EACH(Codes, vorrq_u8(a.a[i], b.a[i]));
+  }
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    uint8x8_t table = vld1_u8(kLevels);
+    return EACH(Codes, vqtbl1q_u8(vcombine_u8(table, table), c.a[i]));
   }
 
   static MOEPACK_INLINE int8x16_t broadcast(const int8_t* x) {
@@ -73,7 +77,8 @@ struct Neon {
     int32x4_t v = vdupq_n_s32(x);
     return Ints{{v, v, v, v}};
   }
-  static MOEPACK_INLINE Ints low16(Ints v) { return v; }
+  static MOEPACK_INLINE Ints set_int(int32_t x) { return set_low16(x); }
+  static MOEPACK_INLINE Ints mul_add_32(Ints sum, Ints a, Ints b) { return mul_add_16(sum, a, b); }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     uint8x16_t v = vld1q_u8(p);
     uint16x8_t low = vmovl_u8(vget_low_u8(v)), high = vmovl_u8(vget_high_u8(v));

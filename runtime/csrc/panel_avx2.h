@@ -76,7 +76,8 @@ void add_32(const __m256i* c, __m256i whole, __m256 scale, const int8_t* q, cons
   }
 }
 
-// The same for 16 inputs of 16 rows, half of the inputs under a step: c[8 * half of the rows + quad].
+// The same for 16 inputs of 16 rows, half of the inputs under a step: c[4 * half of the rows + quad].
+// Levels reach 4 * 2 * 31 * 127 = 31496.
 template <bool BEGUN>
 void add_16(const __m256i* c, const __m256i* whole, const int8_t* q, const float* step, int64_t count,
             float* sums) {
@@ -134,16 +135,22 @@ __m256i whole_scales(const uint8_t* m, __m256 outer_low, float* minima) {
   return _mm256_or_si256(scale, _mm256_slli_epi32(scale, 16));
 }
 
-// The same for signed scales of five bits, see load_signed in tile.h; the minimum is that of a centred
-// code.
+__m256i levels_of(__m256i codes) {
+  int64_t table;
+  memcpy(&table, kLevels, 8);
+  return _mm256_shuffle_epi8(_mm256_set1_epi64x(table), codes);
+}
+
+// The same for signed scales of five bits, see load_signed in tile.h. Codes stand for levels above
+// kLevelOffset, which is `offset` times as much of a scale as a minimum is.
 __m256i signed_scales(const uint8_t* four, bool upper, const uint8_t* fifths, int64_t bit,
-                      __m256 centre, float* minima) {
+                      __m256 offset, float* minima) {
   __m256i low = words(four, false), fifth = words(fifths, false);
   low = _mm256_and_si256(_mm256_srli_epi32(low, upper ? 4 : 0), _mm256_set1_epi32(15));
   fifth = _mm256_srl_epi32(fifth, _mm_cvtsi64_si128(bit));
   fifth = _mm256_slli_epi32(_mm256_and_si256(fifth, _mm256_set1_epi32(1)), 4);
   __m256i scale = _mm256_sub_epi32(low, fifth);
-  _mm256_store_ps(minima, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), centre));
+  _mm256_store_ps(minima, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), offset));
   return _mm256_blend_epi16(scale, _mm256_slli_epi32(scale, 16), 0xAA);
 }
 
@@ -168,9 +175,9 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
       outer[i] = outer_low[i] = _mm256_set1_ps(1.0f);
       if constexpr (F.scale_bits == 4)
         outer[i] = halves(head + 16 * i), outer_low[i] = halves(head + 2 * kTileRows + 16 * i);
-      if constexpr (F.centred())
+      if constexpr (F.levels())
         outer[i] = halves(head + 16 * i),
-        outer_low[i] = _mm256_mul_ps(outer[i], _mm256_set1_ps(F.centre()));
+        outer_low[i] = _mm256_mul_ps(outer[i], _mm256_set1_ps(kLevelOffset));
       if constexpr (F.scale_bits == 8)
         outer[i] = floats(head + 32 * i), outer_low[i] = floats(head + 4 * kTileRows + 32 * i);
     }
@@ -193,14 +200,17 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
             __m256i scale[2];
             for (int i = 0; i < 2; ++i) {
               int64_t row = kRows * i;
-              if constexpr (F.centred())
+              if constexpr (F.levels())
                 scale[i] = signed_scales(metadata + half * kTileRows + row, g == 1,
                                          head + (2 + number / 8) * kTileRows + row, number % 8,
                                          outer_low[i], minima[number] + row);
               else
                 scale[i] = whole_scales<F.scale_bits>(metadata + (2 * half + g) * stored + row,
                                                       outer_low[i], minima[number] + row);
-              for (int quad = 0; quad < 4; ++quad) c[4 * i + quad] = all[i][4 * g + quad];
+              for (int quad = 0; quad < 4; ++quad) {
+                __m256i codes = all[i][4 * g + quad];
+                c[4 * i + quad] = F.levels() ? levels_of(codes) : codes;
+              }
             }
             (begun || g > 0 ? add_16<true> : add_16<false>)(c, scale, q + 16 * g, step, count, sums);
           }

@@ -62,9 +62,11 @@ template <class V, int BITS, class F> MOEPACK_INLINE void each_quad(const uint8_
 }
 
 // How a scheme's codes lie in a tile: as packed, or a byte each, which many tokens' walks are faster
-// over than unpacking costs once.
+// over than unpacking costs once. A byte is a level already where codes stand for levels.
 template <Scheme S, bool BYTES> struct Stored {
   static constexpr int bits = BYTES ? 8 : kFormats[S].bits;
+  static constexpr bool wide = kFormats[S].bits == 8;  // codes may use all 8 bits
+  static constexpr bool levels = kFormats[S].levels() && !BYTES;
   static constexpr int64_t code_nbytes = int64_t{kTileRows} * kBlockCols * bits / 8;
 };
 
@@ -72,14 +74,14 @@ template <Scheme S, bool BYTES> struct Stored {
 template <class V> struct Int8Dot {
   using Total = typename V::Ints;
 
-  // 32 inputs in one or two groups. BITS: as stored. WIDE: codes may use all 8 bits.
-  template <int BITS, bool WIDE, int GROUPS, int N>
+  // 32 inputs in one or two groups. HOW: see Stored.
+  template <class HOW, int GROUPS, int N>
   static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col,
                                  Total (*out)[N]) {
-    if constexpr (WIDE) {
+    if constexpr (HOW::wide) {
       static_assert(GROUPS == 1);
       for (int n = 0; n < N; ++n) out[0][n] = V::zero_ints();
-      each_quad<V, BITS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
         for (int n = 0; n < N; ++n)
           out[0][n] = V::dot_wide(out[0][n], c, rows[n].q + col + 4 * quad);
       });
@@ -87,7 +89,8 @@ template <class V> struct Int8Dot {
       typename V::Partial part[GROUPS][N];
       for (int g = 0; g < GROUPS; ++g)
         for (int n = 0; n < N; ++n) part[g][n] = V::zero_partial();
-      each_quad<V, BITS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        if constexpr (HOW::levels) c = V::levels(c);
         int g = quad * GROUPS / 8;
         for (int n = 0; n < N; ++n)
           part[g][n] = V::dot(part[g][n], c, rows[n].q + col + 4 * quad);
@@ -98,16 +101,20 @@ template <class V> struct Int8Dot {
   }
   static MOEPACK_INLINE Total zero() { return V::zero_ints(); }
   // Totals of a group of codes below 8 fit in 16 bits, and so do scales, minima and group sums.
-  template <bool SIGNED>
   static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
-    return V::mul_add_16(sum, SIGNED ? V::low16(scale) : scale, dot);
+    return V::mul_add_16(sum, scale, dot);
   }
-  // sum + factor x times the sum of a group's inputs.
-  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints x, int factor, const Row& row,
+  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints minimum, const Row& row,
                                         int64_t col, int group) {
     int32_t total = row.qsum16[col / 16];
     if (group == 32) total += row.qsum16[col / 16 + 1];
-    return V::mul_add_16(sum, x, V::set_low16(factor * total));
+    return V::mul_add_16(sum, minimum, V::set_low16(total));
+  }
+  // Those of a group of 16 levels do not fit.
+  static MOEPACK_INLINE Total weigh_levels(Total sum, typename V::Ints scale, Total dot,
+                                           const Row& row, int64_t col) {
+    typename V::Ints offset = V::set_int(kLevelOffset * row.qsum16[col / 16]);
+    return V::mul_add_32(sum, scale, V::sub_ints(dot, offset));
   }
   static MOEPACK_INLINE typename V::Floats add(typename V::Floats sum, Total t, const Row& row,
                                                int64_t col) {
@@ -120,14 +127,15 @@ template <class V> struct Int8Dot {
 template <class V> struct FloatDot {
   using Total = typename V::Floats;
 
-  template <int BITS, bool WIDE, int GROUPS, int N>
+  template <class HOW, int GROUPS, int N>
   static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col,
                                  Total (*out)[N]) {
     Total part[GROUPS][N][4];  // one chain for each input of a quad
     for (int g = 0; g < GROUPS; ++g)
       for (int n = 0; n < N; ++n)
         for (int j = 0; j < 4; ++j) part[g][n][j] = V::zero();
-    each_quad<V, BITS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+    each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      if constexpr (HOW::levels) c = V::levels(c);
       int g = quad * GROUPS / 8;
       Total value[4] = {V::template byte<0>(c), V::template byte<1>(c), V::template byte<2>(c),
                         V::template byte<3>(c)};
@@ -144,15 +152,19 @@ template <class V> struct FloatDot {
       }
   }
   static MOEPACK_INLINE Total zero() { return V::zero(); }
-  template <bool SIGNED>
   static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
     return V::fma(V::to_floats(scale), dot, sum);
   }
-  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints x, int factor, const Row& row,
+  static MOEPACK_INLINE Total weigh_sum(Total sum, typename V::Ints minimum, const Row& row,
                                         int64_t col, int group) {
     float total = row.sum16[col / 16];
     if (group == 32) total += row.sum16[col / 16 + 1];
-    return V::fma(V::to_floats(x), V::set(static_cast<float>(factor) * total), sum);
+    return V::fma(V::to_floats(minimum), V::set(total), sum);
+  }
+  static MOEPACK_INLINE Total weigh_levels(Total sum, typename V::Ints scale, Total dot,
+                                           const Row& row, int64_t col) {
+    Total offset = V::set(kLevelOffset * row.sum16[col / 16]);
+    return V::fma(V::to_floats(scale), V::sub(dot, offset), sum);
   }
   static MOEPACK_INLINE Total add(Total sum, Total t, const Row&, int64_t) {
     return V::add(sum, t);
@@ -178,8 +190,8 @@ void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     for (int n = 0; n < N; ++n) sum[n] = V::zero(), xsum[n] = 0;
     for (int64_t b = first; b < end; ++b, w += Codes::code_nbytes) {
       typename D::Total left[1][N], right[1][N];  // two chains, shorter than the latency of one
-      D::template dot<Codes::bits, F.bits == 8, 1, N>(w, rows, b * 64, left);
-      D::template dot<Codes::bits, F.bits == 8, 1, N>(w + half, rows, b * 64 + 32, right);
+      D::template dot<Codes, 1, N>(w, rows, b * 64, left);
+      D::template dot<Codes, 1, N>(w + half, rows, b * 64 + 32, right);
       for (int n = 0; n < N; ++n) {
         sum[n] = D::add(sum[n], left[0][n], rows[n], b * 64);
         sum[n] = D::add(sum[n], right[0][n], rows[n], b * 64 + 32);
@@ -229,6 +241,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
   constexpr int groups = kStepCols / F.group;
   constexpr int64_t run = Codes::code_nbytes / 2, stored = F.small_nbytes() / 2;  // of 32 inputs
   constexpr bool by_row = F.scale_bits == 8;
+  constexpr bool own = std::is_same_v<D, Int8Dot<V>> && !BYTES && V::template own_half<S>();
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
   int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
@@ -239,7 +252,8 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       outer = V::load_f32(w), outer_low = V::load_f32(w + 4 * kTileRows);
     } else {
       outer = V::load_f16(w);
-      if constexpr (!F.centred()) outer_low = V::load_f16(w + 2 * kTileRows);
+      if constexpr (own && F.levels()) outer = V::mul(outer, V::set(V::kLevelUnit));
+      if constexpr (!F.levels()) outer_low = V::load_f16(w + 2 * kTileRows);
     }
     w += by_row ? F.head_nbytes() : F.super_nbytes();
     int64_t end = first + each < blocks ? first + each : blocks;
@@ -250,41 +264,43 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
-        if constexpr (std::is_same_v<D, Int8Dot<V>> && V::template pairs<S>() && !BYTES) {
-          V::template pair_of_groups<N>(w, metadata, rows, half, high, base);
+        int64_t number = (half - first * 64) / F.group;  // of the first group in the span
+        if constexpr (own) {
+          V::template half<S, N>(w, metadata, fifths, number, rows, half, high, base);
         } else {
           typename D::Total dot[groups][N];
-          D::template dot<Codes::bits, false, groups, N>(w, rows, half, dot);
+          D::template dot<Codes, groups, N>(w, rows, half, dot);
           for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
           for (int g = 0; g < groups; ++g) {
             int64_t col = half + g * F.group;
             typename V::Ints scale, minimum;
-            if constexpr (F.centred()) {
-              int64_t number = (col - first * 64) / F.group;  // in the span
-              scale = load_signed<V>(metadata, g == 1, fifths + number / 8 * kTileRows, number % 8);
+            if constexpr (F.levels()) {
+              const uint8_t* of_eight = fifths + number / 8 * kTileRows;
+              scale = load_signed<V>(metadata, g == 1, of_eight, static_cast<int>(number % 8) + g);
             } else {
               load_small<V, F.scale_bits>(metadata + g * stored / groups, scale, minimum);
             }
             for (int n = 0; n < N; ++n) {
-              high[n] = D::template weigh<F.centred()>(high[n], scale, dot[g][n]);
-              if constexpr (F.centred())
-                high[n] = D::weigh_sum(high[n], scale, -F.centre(), rows[n], col, F.group);
-              else
-                base[n] = D::weigh_sum(base[n], minimum, 1, rows[n], col, F.group);
+              if constexpr (F.levels()) {
+                high[n] = D::weigh_levels(high[n], scale, dot[g][n], rows[n], col);
+              } else {
+                high[n] = D::weigh(high[n], scale, dot[g][n]);
+                base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+              }
             }
           }
         }
         w += run, metadata += stored;
         for (int n = 0; n < N; ++n) {
           sum[n] = D::add(sum[n], high[n], rows[n], half);
-          if constexpr (!F.centred()) sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
+          if constexpr (!F.levels()) sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
         }
       }
       w = metadata;
     }
     for (int n = 0; n < N; ++n) {
       acc[n] = V::fma(sum[n], outer, acc[n]);
-      if constexpr (!F.centred()) low[n] = V::fma(sum_low[n], outer_low, low[n]);
+      if constexpr (!F.levels()) low[n] = V::fma(sum_low[n], outer_low, low[n]);
     }
   }
   for (int n = 0; n < N; ++n) V::store(y + 16 * n, V::sub(acc[n], low[n]));
@@ -343,7 +359,7 @@ template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, 
     for (int64_t b = 0; b < count; ++b) {
       for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)
         each_quad<V, F.bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
-          V::store_codes(out + 64 * quad, c);
+          V::store_codes(out + 64 * quad, F.levels() ? V::levels(c) : c);
         });
       copy(F.small_nbytes());
     }

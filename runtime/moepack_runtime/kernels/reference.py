@@ -18,6 +18,7 @@ from moepack_formats.schemes import BLOCK_COLS, TILE_ROWS, Scheme, get_scheme
 from ..experts import ExpertsAdapter
 
 _RAW_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_LEVELS = (-18, -12, -7, -3, 0, 4, 8, 13)
 _QUADS = BLOCK_COLS // 4
 
 
@@ -84,7 +85,7 @@ def _decode_spans(spans: Tensor, scheme: Scheme, blocks: int, outer: Tensor | No
         scale, minimum = pair[:, :, 0], pair[:, :, 1]  # [T, B, 1 group, 1, 16, 1]
         codes = codes.reshape(tiles, count * blocks, code_bytes)
     elif scheme.scale_bits == 5:
-        return _decode_centred(spans, scheme, blocks)
+        return _decode_levels(spans, scheme, blocks)
     else:
         if scheme.scale_bits == 4:
             head = spans[:, :, : 4 * TILE_ROWS].contiguous().view(torch.float16).float()
@@ -107,8 +108,8 @@ def _decode_spans(spans: Tensor, scheme: Scheme, blocks: int, outer: Tensor | No
     return values.view(quads.shape)
 
 
-def _decode_centred(spans: Tensor, scheme: Scheme, blocks: int) -> Tensor:
-    """As :func:`_decode_spans` for signed scales of 5 bits and no minima."""
+def _decode_levels(spans: Tensor, scheme: Scheme, blocks: int) -> Tensor:
+    """As :func:`_decode_spans` where codes stand for levels, under signed scales of 5 bits."""
     tiles, count = spans.shape[:2]
     outer, fifths, body = spans.split([32, 32, spans.shape[2] - 64], dim=2)
     outer = outer.contiguous().view(torch.float16).float()
@@ -121,7 +122,8 @@ def _decode_centred(spans: Tensor, scheme: Scheme, blocks: int) -> Tensor:
     fifth = fifths.reshape(tiles, count, 2, 1, TILE_ROWS) >> places & 1
     fifth = fifth.view(tiles, count, 4, 4, TILE_ROWS)[:, :, :blocks]
     scale = (low.float() - 16 * fifth.float()) * outer  # [T, count, blocks, 4 groups, 16]
-    quads = _unpack_codes(codes, scheme.bits).float() - 4
+    levels = torch.tensor(_LEVELS, dtype=torch.float32, device=spans.device)
+    quads = levels[_unpack_codes(codes, scheme.bits).int()]
     by_group = quads.view(*quads.shape[:2], 4, 4, TILE_ROWS, 4)
     values: Tensor = by_group * scale.view(tiles, count * blocks, 4, 1, TILE_ROWS, 1)
     return values.view(quads.shape)

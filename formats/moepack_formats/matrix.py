@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FormatError, IntegrityError
-from .schemes import BLOCK_COLS, TILE_ROWS, Scheme
-from .spans import SUPER_COLS, Array, pack_span, spans, unpack_span
+from .schemes import BLOCK_COLS, SUPER_COLS, TILE_ROWS, Scheme
+from .spans import Array, pack_span, spans, unpack_span
 from .tiles import Bytes, block_nbytes, pack_codes, pad, unpack_codes
 
 # What a file holds of each metadata array, by Scheme.scale_bits.
@@ -129,6 +129,7 @@ def dequantize(matrix: QuantizedMatrix) -> npt.NDArray[np.float32]:
     if scheme.is_raw:
         return _raw_values(matrix)
     scales = _spread(_effective(matrix, "scales"), scheme.group, cols)
+    values: npt.NDArray[np.float32]
     if scheme.levels:
         values = np.array(scheme.levels, np.float32)[matrix.codes] * scales
     else:
@@ -190,7 +191,8 @@ def _stored(matrix: QuantizedMatrix, name: str, dtype: str) -> Array:
             raise IntegrityError(f"{name} hold a value that is not finite", where=scheme.name)
         return stored
     lowest, highest = _SMALL.get(scheme.scale_bits, (-128, 255))
-    if (stored != values).any() or ((stored < lowest) | (stored > highest)).any():
+    in_range = stored.size == 0 or lowest <= int(stored.min()) <= int(stored.max()) <= highest
+    if (stored != values).any() or not in_range:
         raise FormatError(f"{name} do not fit their bits", where=scheme.name)
     return stored
 

@@ -15,6 +15,8 @@ from .errors import FormatError
 
 TILE_ROWS = 16
 BLOCK_COLS = 64
+SUPER_COLS = 256
+"""Inputs under one float16 super-scale."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .schemes import BLOCK_COLS, TILE_ROWS, Scheme
+from .schemes import BLOCK_COLS, SUPER_COLS, TILE_ROWS, Scheme
 from .tiles import Bytes, block_nbytes
 
 Array = npt.NDArray[np.generic]
-SUPER_COLS = 256
-"""Inputs under one float16 super-scale."""
 
 _FIFTHS = 8  # Fifth bits in a byte.
 
@@ -102,25 +100,26 @@ def pack_span(span: Span, out: Bytes, codes: Bytes, by_tile: Mapping[str, Array]
     # Four axes: merging count and blocks would need a copy, and writes to it would be lost.
     body = out[:, :, start:].reshape(tiles, span.count, span.blocks_each, -1)
     body[..., :code_bytes] = codes.reshape(*body.shape[:3], code_bytes)
-    by_block = {
+    by_block: dict[str, Bytes] = {
         name: values.view(np.uint8).reshape(*body.shape[:3], -1, TILE_ROWS)
         for name, values in small.items()
     }
     scales = by_block["scales"]
+    small_bytes: Array
     if scheme.scale_bits == 8:
-        metadata = np.stack([scales, by_block["minima"]], axis=4)
+        small_bytes = np.stack([scales, by_block["minima"]], axis=4)
     elif scheme.scale_bits == 4:
-        metadata = scales | by_block["minima"] << 4
+        small_bytes = scales | by_block["minima"] << 4
     else:
-        metadata = scales[..., 0::2, :] & 15 | scales[..., 1::2, :] << 4
-    body[..., code_bytes:] = metadata.reshape(*body.shape[:3], -1)
+        small_bytes = scales[..., 0::2, :] & 15 | scales[..., 1::2, :] << 4
+    body[..., code_bytes:] = small_bytes.reshape(*body.shape[:3], -1)
     if start:
         head = out[:, :, :start].reshape(tiles, span.count, 2, -1)
         head[:, :, 0] = by_tile["outer_scales"][:, span.supers].view(np.uint8)
         if scheme.has_minima:
             head[:, :, 1] = by_tile["outer_minima"][:, span.supers].view(np.uint8)
         else:
-            head[:, :, 1] = _pack_fifths(scales.reshape(tiles, span.count, -1, TILE_ROWS) >> 4 & 1)
+            head[:, :, 1] = _pack_fifths(scales.reshape(tiles, span.count, -1, TILE_ROWS))
 
 
 def unpack_span(span: Span, data: Bytes, codes: Bytes, fields: dict[str, list[Array]]) -> None:
@@ -162,20 +161,21 @@ def unpack_span(span: Span, data: Bytes, codes: Bytes, fields: dict[str, list[Ar
         add("scales", metadata & 15)
         add("minima", metadata >> 4)
     else:
-        pairs = metadata.reshape(tiles, -1, TILE_ROWS)
-        low = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(tiles, span.count, -1, TILE_ROWS)
+        vectors = metadata.reshape(tiles, -1, TILE_ROWS)
+        low = np.stack([vectors & 15, vectors >> 4], axis=2)
+        low = low.reshape(tiles, span.count, -1, TILE_ROWS)
         fifths = _unpack_fifths(head[:, :, 2 * TILE_ROWS :])[:, :, : span.groups_each]
         add("scales", low.astype(np.int8) - 16 * fifths.astype(np.int8))
 
 
-def _pack_fifths(bits: Bytes) -> Bytes:
-    """Bits ``[T, N, groups, 16]`` as bytes ``[T, N, 32]``.
+def _pack_fifths(scales: Bytes) -> Bytes:
+    """The fifth bits of scales ``[T, N, groups, 16]`` as bytes ``[T, N, 32]``.
 
     Bit ``k`` of byte ``16 h + r`` is that of group ``8 h + k`` and row ``r``.
     """
-    tiles, count, groups = bits.shape[:3]
+    tiles, count, groups = scales.shape[:3]
     whole = np.zeros((tiles, count, 2 * _FIFTHS, TILE_ROWS), np.uint8)
-    whole[:, :, :groups] = bits
+    whole[:, :, :groups] = scales >> 4 & 1
     by_half = whole.reshape(tiles, count, 2, _FIFTHS, TILE_ROWS)
     return np.packbits(by_half, axis=3, bitorder="little").reshape(tiles, count, -1)
 

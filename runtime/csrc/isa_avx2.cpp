@@ -67,7 +67,10 @@ struct Avx2 {
   static MOEPACK_INLINE void half(const uint8_t* w, const uint8_t* metadata, const uint8_t* fifths,
                                   int64_t group, const Row* rows, int64_t col, Ints* high,
                                   Ints* base) {
-    HalfBlock<S, N>::run(w, metadata, fifths, group, rows, col, high, base);
+    Both weighed[N], low[N];
+    HalfBlock<S, N>::run(w, metadata, fifths, group, rows, col, weighed, low);
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < 2; ++i) high[n].a[i] = weighed[n].half[i], base[n].a[i] = low[n].half[i];
   }
   // Two products of 8-bit codes overflow 16 bits, so the lowest bit is multiplied apart.
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) {

@@ -264,7 +264,8 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
-        int64_t number = (half - first * 64) / F.group;  // of the first group in the span
+        // Of the first group in the span.
+        int64_t number = static_cast<int64_t>(static_cast<uint64_t>(half - first * 64) / F.group);
         if constexpr (own) {
           V::template half<S, N>(w, metadata, fifths, number, rows, half, high, base);
         } else {

@@ -94,4 +94,3 @@ def dense_rows(
 @triton.jit
 def _put(to, column, value, cols, real):
     tl.store(to + column, value, mask=real & (column < cols))
-

@@ -18,7 +18,6 @@ from moepack_formats.schemes import BLOCK_COLS, TILE_ROWS, Scheme, get_scheme
 from ..experts import ExpertsAdapter
 
 _RAW_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_LEVELS = (-18, -12, -7, -3, 0, 4, 8, 13)
 _QUADS = BLOCK_COLS // 4
 
 
@@ -122,7 +121,7 @@ def _decode_levels(spans: Tensor, scheme: Scheme, blocks: int) -> Tensor:
     fifth = fifths.reshape(tiles, count, 2, 1, TILE_ROWS) >> places & 1
     fifth = fifth.view(tiles, count, 4, 4, TILE_ROWS)[:, :, :blocks]
     scale = (low.float() - 16 * fifth.float()) * outer  # [T, count, blocks, 4 groups, 16]
-    levels = torch.tensor(_LEVELS, dtype=torch.float32, device=spans.device)
+    levels = torch.tensor(scheme.levels, dtype=torch.float32, device=spans.device)
     quads = levels[_unpack_codes(codes, scheme.bits).int()]
     by_group = quads.view(*quads.shape[:2], 4, 4, TILE_ROWS, 4)
     values: Tensor = by_group * scale.view(tiles, count * blocks, 4, 1, TILE_ROWS, 1)

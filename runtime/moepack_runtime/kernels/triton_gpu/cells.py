@@ -181,6 +181,15 @@ def signed_scales(matrix, tile, cell, row, live, SCHEME: tl.constexpr):
 
 
 @triton.jit
+def three_words(words, live):
+    """The three words of cells of 3 bits; zeros where a cell does not exist."""
+    a = tl.load(words, mask=live, other=0)
+    b = tl.load(words + 16, mask=live, other=0)
+    c = tl.load(words + 32, mask=live, other=0)
+    return a, b, c
+
+
+@triton.jit
 def code3(a, b, c, K: tl.constexpr, QUAD: tl.constexpr):
     """Codes of 3 bits, of input ``4 * QUAD + K`` of cells; a, b, c are their words."""
     if QUAD < 6:

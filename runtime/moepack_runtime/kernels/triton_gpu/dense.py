@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .cells import as_words, code3, code_offset, level, raw_value, scales, signed_scales
+from .cells import (
+    as_words,
+    code3,
+    code_offset,
+    level,
+    raw_value,
+    scales,
+    signed_scales,
+    three_words,
+)
 from .layout import bits, block_cells, cell_cols, kind
 
 RAW = tl.constexpr(layout.RAW)
@@ -63,9 +72,7 @@ def dense_rows(
     elif kind(SCHEME) == SIGNED_SCALES:
         first, second = signed_scales(matrix, at, cell, row, live, SCHEME)
         words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
-        a = tl.load(words, mask=live, other=0)
-        b = tl.load(words + 16, mask=live, other=0)
-        c = tl.load(words + 32, mask=live, other=0)
+        a, b, c = three_words(words, live)
         for k in tl.static_range(4):
             for quad in tl.static_range(8):
                 value = level(code3(a, b, c, k, quad), SCHEME) * (first if quad < 4 else second)
@@ -74,9 +81,7 @@ def dense_rows(
         s, m = scales(matrix, at, cell, row, blocks, live, SCHEME)
         if bits(SCHEME) == 3:
             words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
-            a = tl.load(words, mask=live, other=0)
-            b = tl.load(words + 16, mask=live, other=0)
-            c = tl.load(words + 32, mask=live, other=0)
+            a, b, c = three_words(words, live)
             for k in tl.static_range(4):
                 for quad in tl.static_range(8):
                     code = code3(a, b, c, k, quad)

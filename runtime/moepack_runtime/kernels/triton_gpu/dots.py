@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .cells import as_words, code3, code_offset, level, raw_value, scales, signed_scales, tiny
+from .cells import (
+    as_words,
+    code3,
+    code_offset,
+    level,
+    raw_value,
+    scales,
+    signed_scales,
+    three_words,
+    tiny,
+)
 from .layout import bits, block_cells, cell_cols, kind
 
 RAW = tl.constexpr(layout.RAW)
@@ -115,9 +125,7 @@ def _dots(words, live, x, inputs, here, cols, EVEN: tl.constexpr, SCHEME: tl.con
 @triton.jit
 def _dots3(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
     """As :func:`_dots` at 3 bits: quads 6 and 7 are in the upper bits of the three words."""
-    a = tl.load(words, mask=live, other=0)
-    b = tl.load(words + 16, mask=live, other=0)
-    c = tl.load(words + 32, mask=live, other=0)
+    a, b, c = three_words(words, live)
     dots = tl.zeros(a.shape, tl.float32)
     sums = tl.zeros(inputs.shape, tl.float32)
     for k in tl.static_range(4):
@@ -141,9 +149,7 @@ def _dots3(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
 @triton.jit
 def _level_dots(words, live, x, inputs, here, cols, EVEN: tl.constexpr, SCHEME: tl.constexpr):
     """``sum(level * x)`` of the two groups of each cell, where 3 bits stand for a level."""
-    a = tl.load(words, mask=live, other=0)
-    b = tl.load(words + 16, mask=live, other=0)
-    c = tl.load(words + 32, mask=live, other=0)
+    a, b, c = three_words(words, live)
     first = tl.zeros(a.shape, tl.float32)
     second = tl.zeros(a.shape, tl.float32)
     for k in tl.static_range(4):

@@ -29,6 +29,7 @@ from .cells import (
     raw_value,
     scales,
     signed_scales,
+    three_words,
 )
 from .gates import gated, ungated
 from .layout import bits, block_cells, cell_cols, kind
@@ -287,9 +288,7 @@ def _product(
         elif kind(SCHEME) == SIGNED_SCALES:
             first, second = signed_scales(matrix, at, cell, lines, exists, SCHEME)
             words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
-            a = tl.load(words, mask=exists, other=0)
-            b = tl.load(words + 16, mask=exists, other=0)
-            c = tl.load(words + 32, mask=exists, other=0)
+            a, b, c = three_words(words, exists)
             for k in tl.static_range(4):
                 for quad in tl.static_range(8):
                     weight = level(code3(a, b, c, k, quad), SCHEME)
@@ -300,9 +299,7 @@ def _product(
             s, m = scales(matrix, at, cell, lines, blocks, exists, SCHEME)
             if bits(SCHEME) == 3:
                 words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
-                a = tl.load(words, mask=exists, other=0)
-                b = tl.load(words + 16, mask=exists, other=0)
-                c = tl.load(words + 32, mask=exists, other=0)
+                a, b, c = three_words(words, exists)
                 for k in tl.static_range(4):
                     for quad in tl.static_range(8):
                         weight = _weight3(a, b, c, s, m, k, quad)

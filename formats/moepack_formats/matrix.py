@@ -6,25 +6,24 @@ T tiles of 16 rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import FormatError, IntegrityError
-from .schemes import BLOCK_COLS, TILE_ROWS, Scheme
+from .schemes import BLOCK_COLS, SUPER_COLS, TILE_ROWS, Scheme
+from .spans import Array, pack_span, spans, unpack_span
 from .tiles import Bytes, block_nbytes, pack_codes, pad, unpack_codes
-
-Array = npt.NDArray[np.generic]
-SUPER_COLS = 256
 
 # What a file holds of each metadata array, by Scheme.scale_bits.
 _STORED_AS = {
     16: {"scales": "<f2", "minima": "<f2"},
     8: {"scales": "u1", "minima": "i1", "outer_scales": "<f4", "outer_minima": "<f4"},
+    5: {"scales": "i1", "outer_scales": "<f2"},
     4: {"scales": "u1", "minima": "u1", "outer_scales": "<f2", "outer_minima": "<f2"},
 }
+_SMALL = {5: (-16, 15), 4: (0, 15)}  # Of scales and minima that fill no whole byte.
 _EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
 
 
@@ -33,16 +32,19 @@ class QuantizedMatrix:
     """Codes of one ``[out, in]`` matrix with the metadata its scheme stores.
 
     ``value = scale * outer_scale * code - minimum * outer_minimum``, the outer factors 1 where the
-    scheme has none, computed in float32. Minima are signed.
+    scheme has none, computed in float32. Minima are signed. A scheme of levels has no minima:
+    ``value = scale * outer_scale * level[code]``, and its scales are signed.
 
     Attributes:
         scheme: How it is stored.
         shape: True ``(rows, cols)``, padding excluded.
         codes: ``[R, C]`` uint8; raw schemes: uint16 or uint32 bit patterns.
-        scales: ``[R, G]``; float16, or uint8 codes under ``outer_scales``; None when raw.
-        minima: ``[R, G]``; float16, int8 (8-bit scales) or uint8 (4-bit scales); None when raw.
-        outer_scales: ``[R, 1]`` float32 (8-bit), ``[R, S]`` float16 (4-bit) or None.
-        outer_minima: As ``outer_scales``; may be negative.
+        scales: ``[R, G]``; float16, or under ``outer_scales`` uint8 codes, int8 of 5 bits; None
+            when raw.
+        minima: ``[R, G]``; float16, int8 (8-bit scales) or uint8 (4-bit scales); None when raw, or
+            where codes stand for levels.
+        outer_scales: ``[R, 1]`` float32 (8-bit), ``[R, S]`` float16 (5 and 4 bits) or None.
+        outer_minima: As ``outer_scales``; may be negative; None without minima.
     """
 
     scheme: Scheme
@@ -77,8 +79,8 @@ def pack_matrix(matrix: QuantizedMatrix) -> Bytes:
         head = out[:, : scheme.head_nbytes].reshape(-1, 2, TILE_ROWS * 4)
         head[:, 0] = by_tile["outer_scales"][:, 0].view(np.uint8)
         head[:, 1] = by_tile["outer_minima"][:, 0].view(np.uint8)
-    for span in _spans(scheme, cols):
-        _pack_span(span, span.of(out), codes[:, span.blocks], by_tile)
+    for span in spans(scheme, cols):
+        pack_span(span, span.of(out), codes[:, span.blocks], by_tile)
     return out.reshape(-1)
 
 
@@ -104,8 +106,8 @@ def unpack_matrix(buffer: Bytes, scheme: Scheme, shape: tuple[int, int]) -> Quan
         return QuantizedMatrix(scheme, shape, unpack_codes(blocks, scheme.bits)[true])
     codes = np.empty((len(tiles), cols // BLOCK_COLS, block_nbytes(scheme.bits)), np.uint8)
     fields: dict[str, list[Array]] = {}
-    for span in _spans(scheme, cols):
-        _unpack_span(span, span.of(tiles), codes[:, span.blocks], fields)
+    for span in spans(scheme, cols):
+        unpack_span(span, span.of(tiles), codes[:, span.blocks], fields)
     if scheme.scale_bits == 8:
         head = np.ascontiguousarray(tiles[:, : scheme.head_nbytes]).view("<f4")
         head = head.reshape(-1, 2, TILE_ROWS)
@@ -126,14 +128,13 @@ def dequantize(matrix: QuantizedMatrix) -> npt.NDArray[np.float32]:
     scheme, (rows, cols) = matrix.scheme, matrix.shape
     if scheme.is_raw:
         return _raw_values(matrix)
-    scales, minima = _effective(matrix.scales), _effective(matrix.minima)
-    if matrix.outer_scales is not None and matrix.outer_minima is not None:
-        # [R, 1] covers a row, [R, S] covers 256 inputs each.
-        per_outer = SUPER_COLS // scheme.group if scheme.scale_bits == 4 else scales.shape[1]
-        scales = scales * _spread(matrix.outer_scales, per_outer, scales.shape[1])
-        minima = minima * _spread(matrix.outer_minima, per_outer, minima.shape[1])
-    codes = matrix.codes.astype(np.float32)
-    values = codes * _spread(scales, scheme.group, cols) - _spread(minima, scheme.group, cols)
+    scales = _spread(_effective(matrix, "scales"), scheme.group, cols)
+    values: npt.NDArray[np.float32]
+    if scheme.levels:
+        values = np.array(scheme.levels, np.float32)[matrix.codes] * scales
+    else:
+        minima = _spread(_effective(matrix, "minima"), scheme.group, cols)
+        values = matrix.codes.astype(np.float32) * scales - minima
     return values.reshape(rows, cols)
 
 
@@ -150,10 +151,8 @@ def floats_are_finite(tiles: Bytes, scheme: Scheme, cols: int) -> bool:
         return _all_finite(tiles, scheme.name)
     if scheme.scale_bits == 8:
         return _all_finite(tiles[:, : scheme.head_nbytes], "f32")
-    for span in _spans(scheme, padded):
-        size = span.blocks_each * block_nbytes(scheme.bits)
-        place = slice(size, None) if scheme.scale_bits == 16 else slice(0, 4 * TILE_ROWS)
-        if not _all_finite(span.of(tiles)[:, :, place], "f16"):
+    for span in spans(scheme, padded):
+        if not _all_finite(span.of(tiles)[:, :, span.floats], "f16"):
             return False
     return True
 
@@ -162,115 +161,6 @@ def _all_finite(data: Bytes, kind: str) -> bool:
     dtype, exponent = _EXPONENTS[kind]
     bits = np.ascontiguousarray(data).view(dtype)
     return not bool(((bits & exponent) == exponent).any())
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A run of equal spans in every tile: ``count`` of them from byte ``start``."""
-
-    scheme: Scheme
-    start: int
-    count: int
-    blocks_each: int
-    first_block: int
-
-    @property
-    def blocks(self) -> slice:
-        return slice(self.first_block, self.first_block + self.count * self.blocks_each)
-
-    @property
-    def groups_each(self) -> int:
-        return -(-self.blocks_each * BLOCK_COLS // self.scheme.group)
-
-    @property
-    def groups(self) -> slice:
-        first = self.first_block * BLOCK_COLS // self.scheme.group
-        return slice(first, first + self.count * self.groups_each)
-
-    @property
-    def supers(self) -> slice:
-        first = self.first_block * BLOCK_COLS // SUPER_COLS
-        return slice(first, first + self.count)
-
-    def of(self, tiles: Bytes) -> Bytes:
-        """View ``[T, count, span bytes]`` of these spans."""
-        size = self.scheme.span_nbytes(self.blocks_each)
-        run = tiles[:, self.start : self.start + self.count * size]
-        return run.reshape(len(tiles), self.count, size)
-
-
-def _spans(scheme: Scheme, padded_cols: int) -> Iterator[_Span]:
-    each = scheme.span // BLOCK_COLS
-    full, rest = divmod(padded_cols // BLOCK_COLS, each)
-    if full:
-        yield _Span(scheme, scheme.head_nbytes, full, each, 0)
-    if rest:
-        start = scheme.head_nbytes + full * scheme.span_nbytes(each)
-        yield _Span(scheme, start, 1, rest, full * each)
-
-
-def _pack_span(span: _Span, out: Bytes, codes: Bytes, by_tile: dict[str, Array]) -> None:
-    tiles, scheme = len(out), span.scheme
-    scales = by_tile["scales"][:, span.groups]  # [T, groups, 16]
-    minima = by_tile["minima"][:, span.groups]
-    code_bytes = block_nbytes(scheme.bits)
-    if scheme.scale_bits == 16:
-        size = span.blocks_each * code_bytes
-        out[:, :, :size] = codes.reshape(tiles, span.count, size)
-        metadata = out[:, :, size:].reshape(tiles, span.count, 2, TILE_ROWS * 2)
-        metadata[:, :, 0] = scales.view(np.uint8)
-        metadata[:, :, 1] = minima.view(np.uint8)
-        return
-    start = 0
-    if scheme.scale_bits == 4:
-        start = 4 * TILE_ROWS
-        outer = out[:, :, :start].reshape(tiles, span.count, 2, TILE_ROWS * 2)
-        for i, name in enumerate(("outer_scales", "outer_minima")):
-            outer[:, :, i] = by_tile[name][:, span.supers].view(np.uint8)
-    # Four axes: merging count and blocks would need a copy, and writes to it would be lost.
-    body = out[:, :, start:].reshape(tiles, span.count, span.blocks_each, -1)
-    body[..., :code_bytes] = codes.reshape(*body.shape[:3], code_bytes)
-    scales = scales.view(np.uint8).reshape(tiles, -1, BLOCK_COLS // scheme.group, TILE_ROWS)
-    minima = minima.view(np.uint8).reshape(scales.shape)
-    if scheme.scale_bits == 8:
-        both = np.stack([scales, minima], axis=3)
-    else:
-        both = scales | minima << 4
-    body[..., code_bytes:] = both.reshape(*body.shape[:3], -1)
-
-
-def _unpack_span(span: _Span, data: Bytes, codes: Bytes, fields: dict[str, list[Array]]) -> None:
-    tiles, scheme = len(data), span.scheme
-    code_bytes = block_nbytes(scheme.bits)
-
-    def add(name: str, values: Array) -> None:
-        fields.setdefault(name, []).append(values.reshape(tiles, -1, TILE_ROWS))
-
-    if scheme.scale_bits == 16:
-        size = span.blocks_each * code_bytes
-        codes[...] = data[:, :, :size].reshape(codes.shape)
-        metadata = np.ascontiguousarray(data[:, :, size:]).view("<f2")
-        metadata = metadata.reshape(tiles, span.count, 2, TILE_ROWS)
-        add("scales", metadata[:, :, 0])
-        add("minima", metadata[:, :, 1])
-        return
-    start = 0
-    if scheme.scale_bits == 4:
-        start = 4 * TILE_ROWS
-        outer = np.ascontiguousarray(data[:, :, :start]).view("<f2")
-        outer = outer.reshape(tiles, span.count, 2, TILE_ROWS)
-        add("outer_scales", outer[:, :, 0])
-        add("outer_minima", outer[:, :, 1])
-    body = data[:, :, start:].reshape(tiles, span.count * span.blocks_each, -1)
-    codes[...] = body[:, :, :code_bytes]
-    metadata = body[:, :, code_bytes:]
-    if scheme.scale_bits == 8:
-        pairs = metadata.reshape(tiles, -1, 2, TILE_ROWS)
-        add("scales", pairs[:, :, 0])
-        add("minima", np.ascontiguousarray(pairs[:, :, 1]).view(np.int8))
-    else:
-        add("scales", metadata & 15)
-        add("minima", metadata >> 4)
 
 
 def _metadata_by_tile(matrix: QuantizedMatrix, rows: int, cols: int) -> dict[str, Array]:
@@ -299,13 +189,12 @@ def _stored(matrix: QuantizedMatrix, name: str, dtype: str) -> Array:
     if stored.dtype.kind == "f":
         if not np.isfinite(stored).all():
             raise IntegrityError(f"{name} hold a value that is not finite", where=scheme.name)
-    elif (stored != values).any() or not _fit_nibbles(stored, scheme):
+        return stored
+    lowest, highest = _SMALL.get(scheme.scale_bits, (-128, 255))
+    in_range = stored.size == 0 or lowest <= int(stored.min()) <= int(stored.max()) <= highest
+    if (stored != values).any() or not in_range:
         raise FormatError(f"{name} do not fit their bits", where=scheme.name)
     return stored
-
-
-def _fit_nibbles(values: Array, scheme: Scheme) -> bool:
-    return scheme.scale_bits != 4 or not bool((values.astype(np.uint8) > 15).any())
 
 
 def _width(scheme: Scheme, name: str, cols: int) -> int:
@@ -335,10 +224,18 @@ def _by_row(values: Array) -> Array:
     return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(-1, values.shape[1])
 
 
-def _effective(values: Array | None) -> npt.NDArray[np.float32]:
-    if values is None:
-        raise FormatError("a quantized matrix lacks scales")
-    return values.astype(np.float32)
+def _effective(matrix: QuantizedMatrix, name: str) -> npt.NDArray[np.float32]:
+    """Scales or minima ``[R, G]``, times the factor that they lie under."""
+    stored: Array | None = getattr(matrix, name)
+    outer: Array | None = getattr(matrix, f"outer_{name}")
+    if stored is None:
+        raise FormatError(f"a quantized matrix lacks {name}")
+    values = stored.astype(np.float32)
+    if outer is None:
+        return values
+    # [R, 1] covers a row, [R, S] covers 256 inputs each.
+    each = values.shape[1] if matrix.scheme.scale_bits == 8 else SUPER_COLS // matrix.scheme.group
+    return values * _spread(outer, each, values.shape[1])
 
 
 def _spread(values: Array, repeat: int, length: int) -> npt.NDArray[np.float32]:

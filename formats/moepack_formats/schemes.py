@@ -15,6 +15,8 @@ from .errors import FormatError
 
 TILE_ROWS = 16
 BLOCK_COLS = 64
+SUPER_COLS = 256
+"""Inputs under one float16 super-scale."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class Scheme:
         bits: Bits of one code; 16 or 32 for the raw schemes.
         group: Inputs that share one scale and one minimum; 0 for the raw schemes.
         scale_bits: Bits of one stored scale: 16 (float16), 8 (under a float32 scale per row),
-            4 (under a float16 super-scale per 256 inputs) or 0 (raw).
+            5 (signed) or 4 (both under a float16 super-scale per 256 inputs) or 0 (raw).
         span: Inputs per self-contained run of bytes in a tile, a multiple of 64.
+        levels: What each code stands for, in scales, ascending, for schemes without minima. Empty:
+            the code itself, and a minimum is subtracted.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Scheme:
     group: int
     scale_bits: int
     span: int
+    levels: tuple[int, ...] = ()
 
     @property
     def is_raw(self) -> bool:
@@ -42,9 +47,19 @@ class Scheme:
         return self.group == 0
 
     @property
+    def has_minima(self) -> bool:
+        """Whether a group stores a minimum beside its scale."""
+        return not self.is_raw and not self.levels
+
+    @property
     def head_nbytes(self) -> int:
         """Bytes at the head of each tile: per-row float32 scales and min-scales."""
         return 2 * 4 * TILE_ROWS if self.scale_bits == 8 else 0
+
+    @property
+    def span_head_nbytes(self) -> int:
+        """Bytes at the head of each span: super-scales, and what is left of 5-bit scales."""
+        return 4 * TILE_ROWS if self.scale_bits in (4, 5) else 0
 
     def groups(self, cols: int) -> int:
         """Number of groups a row of ``cols`` inputs has; the last may be short."""
@@ -64,9 +79,8 @@ class Scheme:
         if self.is_raw:
             return codes
         groups = -(-blocks * BLOCK_COLS // self.group)
-        per_group = {16: 4, 8: 2, 4: 1}[self.scale_bits] * TILE_ROWS
-        super_scales = 4 * TILE_ROWS if self.scale_bits == 4 else 0
-        return codes + groups * per_group + super_scales
+        nibbles = {16: 8, 8: 4, 5: 1, 4: 2}[self.scale_bits]  # of a group's scale and minimum
+        return self.span_head_nbytes + codes + groups * nibbles * TILE_ROWS // 2
 
     def tile_nbytes(self, cols: int) -> int:
         """Bytes of one tile: 16 rows x all inputs."""
@@ -84,6 +98,11 @@ class Scheme:
         return self.packed_nbytes(rows, cols) * 8 / (rows * cols)
 
 
+SIGNED_LEVELS = (-18, -12, -7, -3, 0, 4, 8, 13)
+"""Eight levels fitted to groups of 16 weights of language models. Zero is one of them; the reach
+differs by sign, as the largest weight of a group chooses the sign of its scale; and they are small,
+so that products of 16 codes and bytes sum up in 16 bits."""
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -95,6 +114,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("q2g16s8", bits=2, group=16, scale_bits=8, span=64),
         Scheme("q2g16s4", bits=2, group=16, scale_bits=4, span=256),
         Scheme("q3g32s4", bits=3, group=32, scale_bits=4, span=256),
+        Scheme("q3g16s5", bits=3, group=16, scale_bits=5, span=256, levels=SIGNED_LEVELS),
         Scheme("f16", bits=16, group=0, scale_bits=0, span=64),
         Scheme("bf16", bits=16, group=0, scale_bits=0, span=64),
         Scheme("f32", bits=32, group=0, scale_bits=0, span=64),

@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moepack_formats.matrix import SUPER_COLS, QuantizedMatrix
-from moepack_formats.schemes import Scheme
+from moepack_formats.matrix import QuantizedMatrix
+from moepack_formats.schemes import SUPER_COLS, Scheme
 
 from . import hqq
 from .grid import GroupedRows, Panel, assemble, in_workers, invert

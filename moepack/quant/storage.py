@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepack_formats.matrix import SUPER_COLS
-from moepack_formats.schemes import Scheme
+from moepack_formats.schemes import SUPER_COLS, Scheme
 
 FLOAT16_SMALLEST = 2.0**-24
 FLOAT16_LARGEST = 65504.0

@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moepack_formats.matrix import SUPER_COLS
-from moepack_formats.schemes import Scheme
+from moepack_formats.schemes import SUPER_COLS, Scheme
 
 from .grid import GroupedRows, Panel, invert, refit_minima, size_lost, take_better
 from .storage import (

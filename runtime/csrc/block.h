@@ -21,7 +21,8 @@ void copy_block(const float* x, int64_t count, Row& row, int64_t block) {
   }
 }
 
-// 32 values to int8; the sums of the codes of each 16 go to `sums`. Returns the step.
+// 32 values to int8. For each 16 of them the sums of the first two and of the last two of every four
+// go to `sums`. Returns the step.
 inline float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   float lane_max[kLanes] = {}, lane_poison[kLanes] = {};
   for (int g = 0; g < 2; ++g)
@@ -39,19 +40,19 @@ inline float quantize_step(const float* v, int8_t* q, int16_t* sums) {
   // A NaN or infinity makes the step NaN, and every output with it, as it would in a dot product.
   if (poison != 0.0f) {
     memset(q, 0, kStepCols);
-    sums[0] = sums[1] = 0;
+    memset(sums, 0, 4 * sizeof *sums);
     return poison;
   }
   // 127 / absmax would overflow for denormals; they count as zero.
   float inverse = most > 1e-36f ? 127.0f / most : 0.0f;
   for (int g = 0; g < 2; ++g) {
-    int32_t sum = 0;
+    int32_t sum[2] = {};
     for (int i = 0; i < kLanes; ++i) {
       int32_t code = float_bits(v[16 * g + i] * inverse + kRound) - kRoundBits;
       q[16 * g + i] = static_cast<int8_t>(code);
-      sum += code;
+      sum[i / 2 % 2] += code;
     }
-    sums[g] = static_cast<int16_t>(sum);
+    for (int i = 0; i < 2; ++i) sums[2 * g + i] = static_cast<int16_t>(sum[i]);
   }
   return most / 127.0f;
 }
@@ -67,9 +68,13 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
   float sum = 0;
   for (int64_t half = 0; half < 2; ++half) {
     int64_t at = 2 * block + half;
-    int16_t* sums = row.qsum16 + 2 * at;
+    int16_t sums[4];
     row.step[at] = STEP(x + half * kStepCols, row.q + at * kStepCols, sums);
-    sum += row.step[at] * static_cast<float>(sums[0] + sums[1]);
+    for (int64_t g = 0; g < 2; ++g)
+      row.qsum16[2 * at + g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+    for (int64_t i = 0; i < 4; ++i)
+      row.qlevel[4 * at + i] = static_cast<int16_t>(kLevelOffset * sums[i]);
+    sum += row.step[at] * static_cast<float>(row.qsum16[2 * at] + row.qsum16[2 * at + 1]);
   }
   row.sum64[block] = sum;
 }
@@ -111,7 +116,7 @@ void activate(const moepack_activation& how, const float* gate, const float* up,
 template <class V, int BITS> void unpack_block(const uint8_t* w, uint8_t codes[16][64]) {
   alignas(64) uint8_t quads[16][64];
   for (int half = 0; half < 2; ++half)
-    each_quad<V, BITS, 32>(w + half * 64 * BITS, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+    each_quad<V, BITS>(w + half * 64 * BITS, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
       V::store_codes(quads[half * 8 + quad], c);
     });
   for (int r = 0; r < kTileRows; ++r)
@@ -125,8 +130,8 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
   constexpr Format F = kFormats[S];
   constexpr int groups = F.group >= kBlockCols ? 1 : kBlockCols / F.group;
   constexpr int width = kBlockCols / groups;  // inputs of a block under one scale
-  constexpr int stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
   float outer[2][16] = {}, scale[groups][16], low[groups][16];
+  const uint8_t* fifths = w;
   if constexpr (F.scale_bits == 8) {
     memcpy(outer, w, sizeof outer);
     w += sizeof outer;
@@ -141,19 +146,28 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
       w += F.code_nbytes();
       if (place + 1 == count) w += 64;
     } else {
-      if (F.scale_bits == 4 && place == 0) {
-        load_halves<V>(w, outer[0]), load_halves<V>(w + 32, outer[1]);
-        codes_at = w += 64;
+      if (F.super_nbytes() > 0 && place == 0) {
+        load_halves<V>(w, outer[0]);
+        if (!F.levels()) load_halves<V>(w + 32, outer[1]);
+        fifths = w + 32;
+        codes_at = w += F.super_nbytes();
       }
       const uint8_t* metadata = w + F.code_nbytes();
       for (int g = 0; g < groups; ++g)
         for (int r = 0; r < kTileRows; ++r) {
-          const uint8_t* m = metadata + g * stored + r;
-          float s = F.scale_bits == 8 ? m[0] : m[0] & 15;
-          float l = F.scale_bits == 8 ? static_cast<int8_t>(m[kTileRows]) : m[0] >> 4;
-          scale[g][r] = s * outer[0][r], low[g][r] = l * outer[1][r];
+          if constexpr (F.levels()) {
+            int64_t number = place * groups + g;  // in the span
+            int four = metadata[g / 2 * kTileRows + r] >> g % 2 * 4 & 15;
+            int fifth = fifths[number / 8 * kTileRows + r] >> number % 8 & 1;
+            scale[g][r] = static_cast<float>(four - 16 * fifth) * outer[0][r];
+          } else {
+            const uint8_t* m = metadata + g * (F.small_nbytes() / groups) + r;
+            float s = F.scale_bits == 8 ? m[0] : m[0] & 15;
+            float l = F.scale_bits == 8 ? static_cast<int8_t>(m[kTileRows]) : m[0] >> 4;
+            scale[g][r] = s * outer[0][r], low[g][r] = l * outer[1][r];
+          }
         }
-      w = metadata + groups * stored;
+      w = metadata + F.small_nbytes();
     }
     uint8_t codes[16][64];
     unpack_block<V, F.bits>(codes_at, codes);
@@ -161,8 +175,11 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     for (int r = 0; r < kTileRows; ++r) {
       float buffer[kBlockCols], *to = left < kBlockCols ? buffer : out + r * stride + b * kBlockCols;
       for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < width; ++i)  // two roundings: the file is compiled without contraction
-          to[g * width + i] = codes[r][g * width + i] * scale[g][r] - low[g][r];
+        for (int i = g * width; i < (g + 1) * width; ++i) {
+          if constexpr (F.levels()) to[i] = (kLevels[codes[r][i]] - kLevelOffset) * scale[g][r];
+          // Two roundings: the file is compiled without contraction.
+          else to[i] = codes[r][i] * scale[g][r] - low[g][r];
+        }
       if (left < kBlockCols) memcpy(out + r * stride + b * kBlockCols, buffer, 4 * left);
     }
   }

@@ -10,24 +10,36 @@ constexpr int kSuperCols = 256;  // inputs under one float16 super-scale
 
 // The numbers are part of the C interface; they follow moepack_formats.schemes.SCHEMES.
 enum Scheme : int32_t {
-  Q2G64, Q3G64, Q4G64, Q4G128, Q8G64, Q2G16S8, Q2G16S4, Q3G32S4, F16, BF16, F32, kSchemes
+  Q2G64, Q3G64, Q4G64, Q4G128, Q8G64, Q2G16S8, Q2G16S4, Q3G32S4, Q3G16S5, F16, BF16, F32,
+  kSchemes
 };
 
 struct Format {
   int bits;        // of one code
   int group;       // inputs under one scale, 0: raw
-  int scale_bits;  // 16: float16; 8: under float32 per row; 4: under float16 per 256 inputs
+  int scale_bits;  // 16: float16; 8: under float32 per row; 4, 5: under float16 per 256 inputs
   int span;        // inputs per self-contained run of bytes
 
   constexpr bool raw() const { return group == 0; }
+  // Signed scales and no minima: a code stands for one of the levels below.
+  constexpr bool levels() const { return scale_bits == 5; }
   constexpr int64_t head_nbytes() const { return scale_bits == 8 ? 2 * 4 * kTileRows : 0; }
   constexpr int64_t code_nbytes() const { return int64_t{kTileRows} * kBlockCols * bits / 8; }
 
+  // Of the super-scales at the start of a span.
+  constexpr int64_t super_nbytes() const {
+    return scale_bits == 4 || scale_bits == 5 ? 4 * kTileRows : 0;
+  }
+  // Of the small scales and minima that follow a block's codes.
+  constexpr int64_t small_nbytes() const {
+    if (raw() || scale_bits == 16) return 0;
+    int per_group = scale_bits == 8 ? 2 * kTileRows : scale_bits == 4 ? kTileRows : kTileRows / 2;
+    return kBlockCols / group * per_group;
+  }
+
   constexpr int64_t span_nbytes(int64_t blocks) const {
-    if (raw()) return blocks * code_nbytes();
-    int64_t groups = (blocks * kBlockCols + group - 1) / group;
-    int64_t per_group = (scale_bits == 16 ? 4 : scale_bits == 8 ? 2 : 1) * kTileRows;
-    return blocks * code_nbytes() + groups * per_group + (scale_bits == 4 ? 4 * kTileRows : 0);
+    int64_t halves = scale_bits == 16 ? 4 * kTileRows : 0;  // float16 scales and minima
+    return super_nbytes() + blocks * (code_nbytes() + small_nbytes()) + halves;
   }
   constexpr int64_t tile_nbytes(int64_t cols) const {
     int64_t blocks = (cols + kBlockCols - 1) / kBlockCols, each = span / kBlockCols;
@@ -39,8 +51,12 @@ struct Format {
 constexpr Format kFormats[kSchemes] = {
     {2, 64, 16, 64}, {3, 64, 16, 64}, {4, 64, 16, 64},  {4, 128, 16, 128},
     {8, 64, 16, 64}, {2, 16, 8, 64},  {2, 16, 4, 256},  {3, 32, 4, 256},
-    {16, 0, 0, 64},  {16, 0, 0, 64},  {32, 0, 0, 64},
+    {3, 16, 5, 256}, {16, 0, 0, 64},  {16, 0, 0, 64},  {32, 0, 0, 64},
 };
+
+// A code c of q3g16s5 stands for kLevels[c] - kLevelOffset.
+constexpr uint8_t kLevels[8] = {0, 6, 11, 15, 18, 22, 26, 31};
+constexpr int kLevelOffset = 18;
 
 // Always inline: a copy compiled for a newer instruction set must not be what others call.
 __attribute__((always_inline)) constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

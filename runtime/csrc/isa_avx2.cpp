@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "block.h"
+#include "halves_avx2.h"
 #include "panel_avx2.h"
 
 namespace moepack {
@@ -13,7 +14,12 @@ struct Avx2 {
   struct Ints { __m256i a[2]; };
   struct Floats { __m256 a[2]; };
   static constexpr int kTokens = 2, kByteTokens = 2;
-  static constexpr bool kPairs = true, kExpands = false;
+  static constexpr bool kExpands = false;
+  // Schemes that halves_avx2.h multiplies with.
+  template <Scheme S> static constexpr bool own_half() {
+    return S == Q2G16S4 || S == Q3G32S4 || S == Q3G16S5;
+  }
+  static constexpr float kLevelUnit = 1.0f / 256;  // of what it gives where codes stand for levels
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) { return R{{f(0), f(1)}}; }
 #define EACH(R, expression) make<R>([&](int i) MOEPACK_LAMBDA { return expression; })
@@ -37,6 +43,11 @@ struct Avx2 {
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) {
     return EACH(Codes, _mm256_or_si256(a.a[i], b.a[i]));
   }
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    int64_t table;
+    memcpy(&table, kLevels, 8);
+    return EACH(Codes, _mm256_shuffle_epi8(_mm256_set1_epi64x(table), c.a[i]));
+  }
 
   static MOEPACK_INLINE __m256i broadcast(const int8_t* x) {
     int32_t four;
@@ -52,70 +63,14 @@ struct Avx2 {
   static MOEPACK_INLINE Ints widen(Partial p) {
     return EACH(Ints, _mm256_madd_epi16(p.a[i], _mm256_set1_epi16(1)));
   }
-  // Adds the products of one quad for every token; both halves of the rows share a broadcast, and no
-  // more registers are alive than there are.
-  template <int N, bool FIRST>
-  static MOEPACK_INLINE void add_quad(Codes c, const Row* rows, int64_t col, Partial* sum) {
-    for (int n = 0; n < N; ++n) {
-      __m256i four = broadcast(rows[n].q + col);
-      for (int i = 0; i < 2; ++i) {
-        __m256i product = _mm256_maddubs_epi16(c.a[i], four);
-        sum[n].a[i] = FIRST ? product : _mm256_add_epi16(sum[n].a[i], product);
-      }
-    }
-  }
-
-  // 16 inputs of 2-bit codes. Two fields of four stay where they are and count fourfold: their sum
-  // is shifted, not they.
-  template <int N>
-  static MOEPACK_INLINE void dot_16(const uint8_t* w, const Row* rows, int64_t col, Partial* out) {
-    Codes c = load(w), upper = EACH(Codes, _mm256_srli_epi16(c.a[i], 4));
-    Partial fourfold[N];
-    add_quad<N, true>(field<0, 12>(c), rows, col + 4, fourfold);
-    add_quad<N, false>(field<0, 12>(upper), rows, col + 12, fourfold);
-    add_quad<N, true>(field<0, 3>(c), rows, col, out);
-    add_quad<N, false>(field<0, 3>(upper), rows, col + 8, out);
+  template <Scheme S, int N>
+  static MOEPACK_INLINE void half(const uint8_t* w, const uint8_t* metadata, const uint8_t* fifths,
+                                  int64_t group, const Row* rows, int64_t col, Ints* high,
+                                  Ints* base) {
+    Both weighed[N], low[N];
+    HalfBlock<S, N>::run(w, metadata, fifths, group, rows, col, weighed, low);
     for (int n = 0; n < N; ++n)
-      for (int i = 0; i < 2; ++i)
-        out[n].a[i] = _mm256_add_epi16(out[n].a[i], _mm256_srai_epi16(fourfold[n].a[i], 2));
-  }
-
-  // 32 inputs of two groups under 4-bit scales and minima. The scale stands in both halves of a
-  // row's 32 bits, so that one instruction sums a row's products and weighs them; the minima of the
-  // two groups stand side by side, as the sums of the activations do.
-  template <int N>
-  static MOEPACK_INLINE void pair_of_groups(const uint8_t* w, const uint8_t* metadata,
-                                            const Row* rows, int64_t col, Ints* high, Ints* base) {
-    __m256i four_bits = _mm256_set1_epi32(0x000F000F);
-    __m256i spread = _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,  //
-                                      4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
-    auto spread_to = [&](int g, int i) MOEPACK_LAMBDA {
-      __m256i both = _mm256_broadcastsi128_si256(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata + 16 * g)));
-      __m256i of_rows = _mm256_add_epi8(spread, _mm256_set1_epi16(static_cast<int16_t>(8 * i)));
-      return _mm256_shuffle_epi8(both, of_rows);
-    };
-    for (int g = 0; g < 2; ++g) {
-      Partial dots[N];
-      dot_16<N>(w + 64 * g, rows, col + 16 * g, dots);
-      prefetch(w + 64 * g + kPrefetch);
-      for (int i = 0; i < 2; ++i) {
-        __m256i scale = _mm256_and_si256(spread_to(g, i), four_bits);
-        for (int n = 0; n < N; ++n) {
-          __m256i weighed = _mm256_madd_epi16(dots[n].a[i], scale);
-          high[n].a[i] = g == 0 ? weighed : _mm256_add_epi32(high[n].a[i], weighed);
-        }
-      }
-    }
-    for (int i = 0; i < 2; ++i) {
-      __m256i minima = _mm256_blend_epi16(spread_to(0, i), spread_to(1, i), 0xAA);
-      minima = _mm256_and_si256(_mm256_srli_epi16(minima, 4), four_bits);
-      for (int n = 0; n < N; ++n) {
-        int32_t sums;
-        memcpy(&sums, rows[n].qsum16 + col / 16, 4);
-        base[n].a[i] = _mm256_madd_epi16(minima, _mm256_set1_epi32(sums));
-      }
-    }
+      for (int i = 0; i < 2; ++i) high[n].a[i] = weighed[n].half[i], base[n].a[i] = low[n].half[i];
   }
   // Two products of 8-bit codes overflow 16 bits, so the lowest bit is multiplied apart.
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) {
@@ -127,8 +82,15 @@ struct Avx2 {
   }
 
   static MOEPACK_INLINE Ints zero_ints() { return Ints{}; }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) {
-    return EACH(Ints, _mm256_add_epi32(a.a[i], b.a[i]));
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) {
+    return EACH(Ints, _mm256_sub_epi32(a.a[i], b.a[i]));
+  }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) {
+    __m128i count = _mm_cvtsi32_si128(n);
+    return EACH(Ints, _mm256_srl_epi32(v.a[i], count));
+  }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) {
+    return EACH(Ints, _mm256_slli_epi32(v.a[i], 4));
   }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) {
     return EACH(Ints, _mm256_add_epi32(sum.a[i], _mm256_madd_epi16(a.a[i], b.a[i])));
@@ -214,7 +176,7 @@ float quantize_step_avx2(const float* v, int8_t* q, int16_t* sums) {
   }
   if (_mm256_movemask_ps(_mm256_cmp_ps(poison, _mm256_setzero_ps(), _CMP_NEQ_UQ))) {
     memset(q, 0, kStepCols);
-    sums[0] = sums[1] = 0;
+    memset(sums, 0, 4 * sizeof *sums);
     return __builtin_nanf("");
   }
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
@@ -226,8 +188,9 @@ float quantize_step_avx2(const float* v, int8_t* q, int16_t* sums) {
   for (int g = 0; g < 2; ++g) {
     __m256i sum = _mm256_add_epi32(c[2 * g], c[2 * g + 1]);
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
-    sums[g] = static_cast<int16_t>(_mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 1));
+    s = _mm_hadd_epi32(s, s);
+    sums[2 * g] = static_cast<int16_t>(_mm_cvtsi128_si32(s));
+    sums[2 * g + 1] = static_cast<int16_t>(_mm_extract_epi32(s, 1));
   }
   // Packing works in halves of a register: four values of each quarter lie together.
   __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));

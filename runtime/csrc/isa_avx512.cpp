@@ -12,7 +12,8 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kTokens = 4, kByteTokens = 4;
-  static constexpr bool kPairs = false, kExpands = true;
+  static constexpr bool kExpands = true;
+  template <Scheme> static constexpr bool own_half() { return false; }
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
@@ -22,6 +23,11 @@ struct Avx512 {
     return _mm512_and_si512(c, _mm512_set1_epi8(MASK));
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    int64_t table;
+    memcpy(&table, kLevels, 8);
+    return _mm512_shuffle_epi8(_mm512_set1_epi64(table), c);
+  }
 
   static MOEPACK_INLINE __m512i broadcast(const int8_t* x) {
     int32_t four;
@@ -36,12 +42,20 @@ struct Avx512 {
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) { return dot(sum, c, x); }
 
   static MOEPACK_INLINE Ints zero_ints() { return _mm512_setzero_si512(); }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) {
+    return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n));
+  }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) { return _mm512_slli_epi32(v, 4); }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) {
     return _mm512_dpwssd_epi32(sum, a, b);
   }
   // The high half must be zero: mul_add_16 multiplies high halves too.
   static MOEPACK_INLINE Ints set_low16(int32_t x) { return _mm512_set1_epi32(x & 0xFFFF); }
+  static MOEPACK_INLINE Ints set_int(int32_t x) { return _mm512_set1_epi32(x); }
+  static MOEPACK_INLINE Ints mul_add_32(Ints sum, Ints a, Ints b) {
+    return _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b));
+  }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

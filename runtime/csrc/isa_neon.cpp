@@ -17,7 +17,8 @@ struct Neon {
   struct Floats { float32x4_t a[4]; };
   using Partial = Ints;
   static constexpr int kTokens = 2, kByteTokens = 4;
-  static constexpr bool kPairs = false, kExpands = true;
+  static constexpr bool kExpands = true;
+  template <Scheme> static constexpr bool own_half() { return false; }
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) {
     return R{{f(0), f(1), f(2), f(3)}};
@@ -36,6 +37,10 @@ struct Neon {
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) {
     return EACH(Codes, vorrq_u8(a.a[i], b.a[i]));
+  }
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    uint8x8_t table = vld1_u8(kLevels);
+    return EACH(Codes, vqtbl1q_u8(vcombine_u8(table, table), c.a[i]));
   }
 
   static MOEPACK_INLINE int8x16_t broadcast(const int8_t* x) {
@@ -57,9 +62,14 @@ struct Neon {
   }
 
   static MOEPACK_INLINE Ints zero_ints() { return set_low16(0); }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) {
-    return EACH(Ints, vaddq_s32(a.a[i], b.a[i]));
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) {
+    return EACH(Ints, vsubq_s32(a.a[i], b.a[i]));
   }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) {
+    int32x4_t left = vdupq_n_s32(-n);
+    return EACH(Ints, vshlq_s32(v.a[i], left));
+  }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) { return EACH(Ints, vshlq_n_s32(v.a[i], 4)); }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) {
     return EACH(Ints, vmlaq_s32(sum.a[i], a.a[i], b.a[i]));
   }
@@ -67,6 +77,8 @@ struct Neon {
     int32x4_t v = vdupq_n_s32(x);
     return Ints{{v, v, v, v}};
   }
+  static MOEPACK_INLINE Ints set_int(int32_t x) { return set_low16(x); }
+  static MOEPACK_INLINE Ints mul_add_32(Ints sum, Ints a, Ints b) { return mul_add_16(sum, a, b); }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     uint8x16_t v = vld1q_u8(p);
     uint16x8_t low = vmovl_u8(vget_low_u8(v)), high = vmovl_u8(vget_high_u8(v));

@@ -14,7 +14,8 @@ struct Portable {
   using Partial = Ints;
   using Floats = FloatWords;
   static constexpr int kTokens = 1, kByteTokens = 4;
-  static constexpr bool kPairs = false, kExpands = true;
+  static constexpr bool kExpands = true;
+  template <Scheme> static constexpr bool own_half() { return false; }
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {
     T v;
@@ -30,6 +31,18 @@ struct Portable {
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) { return a | b; }
 
+  // By the bits of a code: each halves the levels that are left to choose from.
+  static MOEPACK_INLINE Codes levels(Codes c) {
+    Words left[8];
+    for (int i = 0; i < 8; ++i) left[i] = Words{} + kLevels[i] * 0x01010101u;
+    for (int count = 4; count > 0; count /= 2, c >>= 1)
+      for (int i = 0; i < count; ++i) {
+        Words one = (c & 0x01010101u) * 255;
+        left[i] = (left[2 * i] & ~one) | (left[2 * i + 1] & one);
+      }
+    return left[0];
+  }
+
   static MOEPACK_INLINE Partial zero_partial() { return Ints{}; }
   static MOEPACK_INLINE Partial dot(Partial sum, Codes c, const int8_t* x) {
     for (int j = 0; j < 4; ++j) sum += (Ints)(c >> 8 * j & 255) * int32_t{x[j]};
@@ -39,9 +52,13 @@ struct Portable {
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) { return dot(sum, c, x); }
 
   static MOEPACK_INLINE Ints zero_ints() { return Ints{}; }
-  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) { return a + b; }
+  static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) { return a - b; }
+  static MOEPACK_INLINE Ints shift_right(Ints v, int n) { return v >> n; }
+  static MOEPACK_INLINE Ints shift_left_4(Ints v) { return v << 4; }
   static MOEPACK_INLINE Ints mul_add_16(Ints sum, Ints a, Ints b) { return sum + a * b; }
   static MOEPACK_INLINE Ints set_low16(int32_t x) { return Ints{} + x; }
+  static MOEPACK_INLINE Ints set_int(int32_t x) { return Ints{} + x; }
+  static MOEPACK_INLINE Ints mul_add_32(Ints sum, Ints a, Ints b) { return sum + a * b; }
   static MOEPACK_INLINE Ints load_u8(const uint8_t* p) {
     Ints v;
     for (int i = 0; i < 16; ++i) v[i] = p[i];

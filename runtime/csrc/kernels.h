@@ -13,6 +13,9 @@ struct Row {
   float* step;      // [C / 32] absmax of 32 inputs / 127
   float* sum64;     // [C / 64] sums of q * step
   int16_t* qsum16;  // [C / 16] sums of q
+  // [C / 8] for each 16 of q the sums of the first two and of the last two of every four, times
+  // kLevelOffset
+  int16_t* qlevel;
 };
 
 // Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 2
+#define MOEPACK_ABI 3
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

@@ -22,17 +22,14 @@ template <int SHIFT, int MASK> __m256i field(__m256i v) {
   return _mm256_and_si256(v, _mm256_set1_epi8(MASK));
 }
 
-// Codes of 16 inputs and 8 rows, 4 inputs in each register; w: of these rows. See each_quad in tile.h.
-void unpack_2(const uint8_t* w, __m256i* c) {
-  __m256i four = load(w);
-  c[0] = field<0, 3>(four), c[1] = field<2, 3>(four);
-  c[2] = field<4, 3>(four), c[3] = field<6, 3>(four);
-}
-
-// Codes of 32 inputs and 8 rows.
+// Codes of 32 inputs and 8 rows, 4 inputs in each register; w: of these rows. See each_quad in tile.h.
 template <int BITS> void unpack(const uint8_t* w, __m256i* c) {
   if constexpr (BITS == 2) {
-    unpack_2(w, c), unpack_2(w + 64, c + 4);
+    for (int v = 0; v < 2; ++v, c += 4) {
+      __m256i four = load(w + 64 * v);
+      c[0] = field<0, 3>(four), c[1] = field<2, 3>(four);
+      c[2] = field<4, 3>(four), c[3] = field<6, 3>(four);
+    }
   } else if constexpr (BITS == 3) {
     __m256i a = load(w), b = load(w + 64), d = load(w + 128);
     c[0] = field<0, 7>(a), c[1] = field<3, 7>(a), c[2] = field<0, 7>(b), c[3] = field<3, 7>(b);
@@ -79,7 +76,8 @@ void add_32(const __m256i* c, __m256i whole, __m256 scale, const int8_t* q, cons
   }
 }
 
-// The same for 16 inputs of 16 rows, half of the inputs under a step: c[8 * half of the rows + quad].
+// The same for 16 inputs of 16 rows, half of the inputs under a step: c[4 * half of the rows + quad].
+// Levels reach 4 * 2 * 31 * 127 = 31496.
 template <bool BEGUN>
 void add_16(const __m256i* c, const __m256i* whole, const int8_t* q, const float* step, int64_t count,
             float* sums) {
@@ -137,6 +135,25 @@ __m256i whole_scales(const uint8_t* m, __m256 outer_low, float* minima) {
   return _mm256_or_si256(scale, _mm256_slli_epi32(scale, 16));
 }
 
+__m256i levels_of(__m256i codes) {
+  int64_t table;
+  memcpy(&table, kLevels, 8);
+  return _mm256_shuffle_epi8(_mm256_set1_epi64x(table), codes);
+}
+
+// The same for signed scales of five bits, see load_signed in tile.h. Codes stand for levels above
+// kLevelOffset, which is `offset` times as much of a scale as a minimum is.
+__m256i signed_scales(const uint8_t* four, bool upper, const uint8_t* fifths, int64_t bit,
+                      __m256 offset, float* minima) {
+  __m256i low = words(four, false), fifth = words(fifths, false);
+  low = _mm256_and_si256(_mm256_srli_epi32(low, upper ? 4 : 0), _mm256_set1_epi32(15));
+  fifth = _mm256_srl_epi32(fifth, _mm_cvtsi64_si128(bit));
+  fifth = _mm256_slli_epi32(_mm256_and_si256(fifth, _mm256_set1_epi32(1)), 4);
+  __m256i scale = _mm256_sub_epi32(low, fifth);
+  _mm256_store_ps(minima, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), offset));
+  return _mm256_blend_epi16(scale, _mm256_slli_epi32(scale, 16), 0xAA);
+}
+
 template <Scheme S>
 void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first, int64_t count,
                 float* y, int64_t stride) {
@@ -145,19 +162,22 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
   constexpr int each = F.span / kBlockCols, supers = kSuperCols / kBlockCols;
   constexpr int group = F.group < kBlockCols ? F.group : kBlockCols;  // under one of x.sums
   constexpr int per_block = kBlockCols / group;
-  constexpr int stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
+  constexpr int64_t stored = F.small_nbytes() / per_block;
   alignas(64) float sums[kPanelTokens * kTileRows], minima[kSuperCols / 16][kTileRows];
   const uint8_t* head = w;
   w += F.head_nbytes();
   for (int64_t super = 0; super * supers < blocks; ++super) {
     int64_t here = blocks - super * supers < supers ? blocks - super * supers : supers;
     if (here < supers) memset(minima, 0, sizeof minima);
-    if (F.scale_bits == 4) head = w, w += 4 * kTileRows;
+    if (F.super_nbytes() > 0) head = w, w += F.super_nbytes();
     __m256 outer[2], outer_low[2];
     for (int i = 0; i < 2; ++i) {
       outer[i] = outer_low[i] = _mm256_set1_ps(1.0f);
       if constexpr (F.scale_bits == 4)
         outer[i] = halves(head + 16 * i), outer_low[i] = halves(head + 2 * kTileRows + 16 * i);
+      if constexpr (F.levels())
+        outer[i] = halves(head + 16 * i),
+        outer_low[i] = _mm256_mul_ps(outer[i], _mm256_set1_ps(kLevelOffset));
       if constexpr (F.scale_bits == 8)
         outer[i] = floats(head + 32 * i), outer_low[i] = floats(head + 4 * kTileRows + 32 * i);
     }
@@ -173,14 +193,24 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
         bool begun = b > 0 || half > 0;
         __m256i c[8];
         if constexpr (group == 16) {
+          __m256i all[2][8];
+          for (int i = 0; i < 2; ++i) unpack<F.bits>(codes_at + 32 * i, all[i]);
           for (int g = 0; g < 2; ++g) {
-            int number = 2 * half + g;
+            int64_t number = b * per_block + 2 * half + g;  // of the group in the span
             __m256i scale[2];
             for (int i = 0; i < 2; ++i) {
-              scale[i] = whole_scales<F.scale_bits>(metadata + number * stored + kRows * i,
-                                                    outer_low[i],
-                                                    minima[b * per_block + number] + kRows * i);
-              unpack_2(codes_at + 64 * g + 32 * i, c + 4 * i);
+              int64_t row = kRows * i;
+              if constexpr (F.levels())
+                scale[i] = signed_scales(metadata + half * kTileRows + row, g == 1,
+                                         head + (2 + number / 8) * kTileRows + row, number % 8,
+                                         outer_low[i], minima[number] + row);
+              else
+                scale[i] = whole_scales<F.scale_bits>(metadata + (2 * half + g) * stored + row,
+                                                      outer_low[i], minima[number] + row);
+              for (int quad = 0; quad < 4; ++quad) {
+                __m256i codes = all[i][4 * g + quad];
+                c[4 * i + quad] = F.levels() ? levels_of(codes) : codes;
+              }
             }
             (begun || g > 0 ? add_16<true> : add_16<false>)(c, scale, q + 16 * g, step, count, sums);
           }
@@ -203,8 +233,8 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
         }
       }
       w += F.code_nbytes();
-      if (whole) w += per_block * stored;
-      else if (left == 1) w += 4 * kTileRows;
+      w += F.small_nbytes();
+      if (!whole && left == 1) w += 4 * kTileRows;
     }
     constexpr int groups = kSuperCols / group;
     const float* of_groups = x.sums + (super * x.tokens + first) * groups;

@@ -21,11 +21,10 @@ namespace {
 // 31 / 34 / 37 / 41 / 41 GB/s.
 constexpr int kPrefetch = 6144;
 
-// Calls f(quad, codes) for the quads (4 inputs each) of COLS inputs, 16 or 32.
-template <class V, int BITS, int COLS, class F>
-MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
+// Calls f(quad, codes) for the eight quads (4 inputs each) of 32 inputs.
+template <class V, int BITS, class F> MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
   using Codes = typename V::Codes;
-  constexpr int quads = COLS / 4;
+  constexpr int quads = 8;
   if constexpr (BITS == 2) {
     for (int v = 0; v < quads / 4; ++v) {
       Codes c = V::load(w + 64 * v);
@@ -36,7 +35,6 @@ MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
       f(4 * v + 3, V::template field<6, 3>(c));
     }
   } else if constexpr (BITS == 3) {
-    static_assert(COLS == 32);
     Codes a = V::load(w), b = V::load(w + 64), c = V::load(w + 128);
     for (int v = 0; v < 3; ++v) V::prefetch(w + 64 * v + kPrefetch);
     f(0, V::template field<0, 7>(a));
@@ -64,9 +62,11 @@ MOEPACK_INLINE void each_quad(const uint8_t* w, F&& f) {
 }
 
 // How a scheme's codes lie in a tile: as packed, or a byte each, which many tokens' walks are faster
-// over than unpacking costs once.
+// over than unpacking costs once. A byte is a level already where codes stand for levels.
 template <Scheme S, bool BYTES> struct Stored {
   static constexpr int bits = BYTES ? 8 : kFormats[S].bits;
+  static constexpr bool wide = kFormats[S].bits == 8;  // codes may use all 8 bits
+  static constexpr bool levels = kFormats[S].levels() && !BYTES;
   static constexpr int64_t code_nbytes = int64_t{kTileRows} * kBlockCols * bits / 8;
 };
 
@@ -74,21 +74,29 @@ template <Scheme S, bool BYTES> struct Stored {
 template <class V> struct Int8Dot {
   using Total = typename V::Ints;
 
-  // BITS: as stored. WIDE: codes may use all 8 bits.
-  template <int BITS, bool WIDE, int COLS, int N>
-  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
-    if constexpr (WIDE) {
-      for (int n = 0; n < N; ++n) out[n] = V::zero_ints();
-      each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
-        for (int n = 0; n < N; ++n) out[n] = V::dot_wide(out[n], c, rows[n].q + col + 4 * quad);
+  // 32 inputs in one or two groups. HOW: see Stored.
+  template <class HOW, int GROUPS, int N>
+  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col,
+                                 Total (*out)[N]) {
+    if constexpr (HOW::wide) {
+      static_assert(GROUPS == 1);
+      for (int n = 0; n < N; ++n) out[0][n] = V::zero_ints();
+      each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        for (int n = 0; n < N; ++n)
+          out[0][n] = V::dot_wide(out[0][n], c, rows[n].q + col + 4 * quad);
       });
     } else {
-      typename V::Partial part[N];
-      for (int n = 0; n < N; ++n) part[n] = V::zero_partial();
-      each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
-        for (int n = 0; n < N; ++n) part[n] = V::dot(part[n], c, rows[n].q + col + 4 * quad);
+      typename V::Partial part[GROUPS][N];
+      for (int g = 0; g < GROUPS; ++g)
+        for (int n = 0; n < N; ++n) part[g][n] = V::zero_partial();
+      each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        if constexpr (HOW::levels) c = V::levels(c);
+        int g = quad * GROUPS / 8;
+        for (int n = 0; n < N; ++n)
+          part[g][n] = V::dot(part[g][n], c, rows[n].q + col + 4 * quad);
       });
-      for (int n = 0; n < N; ++n) out[n] = V::widen(part[n]);
+      for (int g = 0; g < GROUPS; ++g)
+        for (int n = 0; n < N; ++n) out[g][n] = V::widen(part[g][n]);
     }
   }
   static MOEPACK_INLINE Total zero() { return V::zero_ints(); }
@@ -102,6 +110,12 @@ template <class V> struct Int8Dot {
     if (group == 32) total += row.qsum16[col / 16 + 1];
     return V::mul_add_16(sum, minimum, V::set_low16(total));
   }
+  // Those of a group of 16 levels do not fit.
+  static MOEPACK_INLINE Total weigh_levels(Total sum, typename V::Ints scale, Total dot,
+                                           const Row& row, int64_t col) {
+    typename V::Ints offset = V::set_int(kLevelOffset * row.qsum16[col / 16]);
+    return V::mul_add_32(sum, scale, V::sub_ints(dot, offset));
+  }
   static MOEPACK_INLINE typename V::Floats add(typename V::Floats sum, Total t, const Row& row,
                                                int64_t col) {
     return V::fma(V::to_floats(t), V::set(row.step[col / kStepCols]), sum);
@@ -113,21 +127,29 @@ template <class V> struct Int8Dot {
 template <class V> struct FloatDot {
   using Total = typename V::Floats;
 
-  template <int BITS, bool WIDE, int COLS, int N>
-  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col, Total* out) {
-    Total part[N][4];  // one chain for each input of a quad
-    for (int n = 0; n < N; ++n)
-      for (int j = 0; j < 4; ++j) part[n][j] = V::zero();
-    each_quad<V, BITS, COLS>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+  template <class HOW, int GROUPS, int N>
+  static MOEPACK_INLINE void dot(const uint8_t* w, const Row* rows, int64_t col,
+                                 Total (*out)[N]) {
+    Total part[GROUPS][N][4];  // one chain for each input of a quad
+    for (int g = 0; g < GROUPS; ++g)
+      for (int n = 0; n < N; ++n)
+        for (int j = 0; j < 4; ++j) part[g][n][j] = V::zero();
+    each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+      if constexpr (HOW::levels) c = V::levels(c);
+      int g = quad * GROUPS / 8;
       Total value[4] = {V::template byte<0>(c), V::template byte<1>(c), V::template byte<2>(c),
                         V::template byte<3>(c)};
       for (int n = 0; n < N; ++n) {
         const float* x = rows[n].x + col + 4 * quad;
-        for (int j = 0; j < 4; ++j) part[n][j] = V::fma(value[j], V::set(x[j]), part[n][j]);
+        for (int j = 0; j < 4; ++j)
+          part[g][n][j] = V::fma(value[j], V::set(x[j]), part[g][n][j]);
       }
     });
-    for (int n = 0; n < N; ++n)
-      out[n] = V::add(V::add(part[n][0], part[n][1]), V::add(part[n][2], part[n][3]));
+    for (int g = 0; g < GROUPS; ++g)
+      for (int n = 0; n < N; ++n) {
+        Total* p = part[g][n];
+        out[g][n] = V::add(V::add(p[0], p[1]), V::add(p[2], p[3]));
+      }
   }
   static MOEPACK_INLINE Total zero() { return V::zero(); }
   static MOEPACK_INLINE Total weigh(Total sum, typename V::Ints scale, Total dot) {
@@ -138,6 +160,11 @@ template <class V> struct FloatDot {
     float total = row.sum16[col / 16];
     if (group == 32) total += row.sum16[col / 16 + 1];
     return V::fma(V::to_floats(minimum), V::set(total), sum);
+  }
+  static MOEPACK_INLINE Total weigh_levels(Total sum, typename V::Ints scale, Total dot,
+                                           const Row& row, int64_t col) {
+    Total offset = V::set(kLevelOffset * row.sum16[col / 16]);
+    return V::fma(V::to_floats(scale), V::sub(dot, offset), sum);
   }
   static MOEPACK_INLINE Total add(Total sum, Total t, const Row&, int64_t) {
     return V::add(sum, t);
@@ -162,12 +189,12 @@ void tile_float_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     float xsum[N];
     for (int n = 0; n < N; ++n) sum[n] = V::zero(), xsum[n] = 0;
     for (int64_t b = first; b < end; ++b, w += Codes::code_nbytes) {
-      typename D::Total left[N], right[N];  // two chains, shorter than the latency of one
-      D::template dot<Codes::bits, F.bits == 8, 32, N>(w, rows, b * 64, left);
-      D::template dot<Codes::bits, F.bits == 8, 32, N>(w + half, rows, b * 64 + 32, right);
+      typename D::Total left[1][N], right[1][N];  // two chains, shorter than the latency of one
+      D::template dot<Codes, 1, N>(w, rows, b * 64, left);
+      D::template dot<Codes, 1, N>(w + half, rows, b * 64 + 32, right);
       for (int n = 0; n < N; ++n) {
-        sum[n] = D::add(sum[n], left[n], rows[n], b * 64);
-        sum[n] = D::add(sum[n], right[n], rows[n], b * 64 + 32);
+        sum[n] = D::add(sum[n], left[0][n], rows[n], b * 64);
+        sum[n] = D::add(sum[n], right[0][n], rows[n], b * 64 + 32);
         xsum[n] += D::block_sum(rows[n], b);
       }
     }
@@ -195,26 +222,40 @@ MOEPACK_INLINE void load_small(const uint8_t* w, typename V::Ints& scale,
   }
 }
 
-// Schemes with small scales under an outer factor: per 256 inputs (4 bits) or per row (8 bits).
+// A signed scale of five bits: four of them in the lower or upper half of a byte, the fifth, which
+// counts -16, at a bit of another.
+template <class V>
+MOEPACK_INLINE typename V::Ints load_signed(const uint8_t* four, bool upper, const uint8_t* fifths,
+                                            int bit) {
+  typename V::Ints byte = V::load_u8(four), fifth = V::shift_right(V::load_u8(fifths), bit);
+  typename V::Ints low = upper ? V::template field_int<4, 15>(byte)
+                               : V::template field_int<0, 15>(byte);
+  return V::sub_ints(low, V::shift_left_4(V::template field_int<0, 1>(fifth)));
+}
+
+// Schemes with small scales under an outer factor: per 256 inputs (4 or 5 bits) or per row (8 bits).
 template <class V, Scheme S, bool BYTES, class D, int N>
 void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
   using Codes = Stored<S, BYTES>;
-  constexpr int groups = kStepCols / F.group, stored = (F.scale_bits == 8 ? 2 : 1) * kTileRows;
-  constexpr int run = F.group * Codes::bits * 2;  // bytes of a group's codes
+  constexpr int groups = kStepCols / F.group;
+  constexpr int64_t run = Codes::code_nbytes / 2, stored = F.small_nbytes() / 2;  // of 32 inputs
   constexpr bool by_row = F.scale_bits == 8;
+  constexpr bool own = std::is_same_v<D, Int8Dot<V>> && !BYTES && V::template own_half<S>();
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
   int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
   for (int64_t first = 0; first < blocks; first += each) {
-    typename V::Floats outer, outer_low;
+    typename V::Floats outer, outer_low = V::zero();
+    const uint8_t* fifths = w + 2 * kTileRows;
     if constexpr (by_row) {
       outer = V::load_f32(w), outer_low = V::load_f32(w + 4 * kTileRows);
-      w += 8 * kTileRows;
     } else {
-      outer = V::load_f16(w), outer_low = V::load_f16(w + 2 * kTileRows);
-      w += 4 * kTileRows;
+      outer = V::load_f16(w);
+      if constexpr (own && F.levels()) outer = V::mul(outer, V::set(V::kLevelUnit));
+      if constexpr (!F.levels()) outer_low = V::load_f16(w + 2 * kTileRows);
     }
+    w += by_row ? F.head_nbytes() : F.super_nbytes();
     int64_t end = first + each < blocks ? first + each : blocks;
     typename V::Floats sum[N], sum_low[N];
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
@@ -223,33 +264,44 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       V::prefetch(metadata + kPrefetch);
       for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
         typename D::Total high[N], base[N];
-        if constexpr (std::is_same_v<D, Int8Dot<V>> && V::kPairs && S == Q2G16S4 && !BYTES) {
-          V::template pair_of_groups<N>(w, metadata, rows, half, high, base);
-          w += 2 * run, metadata += 2 * stored;
+        // Of the first group in the span.
+        int64_t number = static_cast<int64_t>(static_cast<uint64_t>(half - first * 64) / F.group);
+        if constexpr (own) {
+          V::template half<S, N>(w, metadata, fifths, number, rows, half, high, base);
         } else {
+          typename D::Total dot[groups][N];
+          D::template dot<Codes, groups, N>(w, rows, half, dot);
           for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
-          for (int g = 0; g < groups; ++g, w += run, metadata += stored) {
+          for (int g = 0; g < groups; ++g) {
             int64_t col = half + g * F.group;
             typename V::Ints scale, minimum;
-            load_small<V, F.scale_bits>(metadata, scale, minimum);
-            typename D::Total dot[N];
-            D::template dot<Codes::bits, false, F.group, N>(w, rows, col, dot);
+            if constexpr (F.levels()) {
+              const uint8_t* of_eight = fifths + number / 8 * kTileRows;
+              scale = load_signed<V>(metadata, g == 1, of_eight, static_cast<int>(number % 8) + g);
+            } else {
+              load_small<V, F.scale_bits>(metadata + g * stored / groups, scale, minimum);
+            }
             for (int n = 0; n < N; ++n) {
-              high[n] = D::weigh(high[n], scale, dot[n]);
-              base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+              if constexpr (F.levels()) {
+                high[n] = D::weigh_levels(high[n], scale, dot[g][n], rows[n], col);
+              } else {
+                high[n] = D::weigh(high[n], scale, dot[g][n]);
+                base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+              }
             }
           }
         }
+        w += run, metadata += stored;
         for (int n = 0; n < N; ++n) {
           sum[n] = D::add(sum[n], high[n], rows[n], half);
-          sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
+          if constexpr (!F.levels()) sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
         }
       }
       w = metadata;
     }
     for (int n = 0; n < N; ++n) {
       acc[n] = V::fma(sum[n], outer, acc[n]);
-      low[n] = V::fma(sum_low[n], outer_low, low[n]);
+      if constexpr (!F.levels()) low[n] = V::fma(sum_low[n], outer_low, low[n]);
     }
   }
   for (int n = 0; n < N; ++n) V::store(y + 16 * n, V::sub(acc[n], low[n]));
@@ -304,14 +356,13 @@ template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, 
   constexpr int each = F.span / kBlockCols;
   for (int64_t first = 0; first < blocks; first += each) {
     int64_t count = blocks - first < each ? blocks - first : each;
-    if (F.scale_bits == 4) copy(4 * kTileRows);
+    copy(F.super_nbytes());
     for (int64_t b = 0; b < count; ++b) {
       for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)
-        each_quad<V, F.bits, 32>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
-          V::store_codes(out + 64 * quad, c);
+        each_quad<V, F.bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+          V::store_codes(out + 64 * quad, F.levels() ? V::levels(c) : c);
         });
-      if (F.scale_bits == 8) copy(2 * kTileRows * (kBlockCols / F.group));
-      if (F.scale_bits == 4) copy(kTileRows * (kBlockCols / F.group));
+      copy(F.small_nbytes());
     }
     if (F.scale_bits == 16) copy(4 * kTileRows);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from moepack_formats import checksum, osio
-from moepack_formats.errors import FormatError, IntegrityError
+from moepack_formats.errors import FormatError, IntegrityError, ResourceError
 from moepack_formats.pack import Pack
 from moepack_formats.paths import resolve_inside
 from moepack_formats.tensor_file import read_header
+
+from .arena import huge_pages
+from .options import format_size
+
+_ALIGNMENT = 64
+"""Of a tensor's copy, bytes: a line of the cache."""
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
@@ -98,12 +105,28 @@ def copy_out_of_files(model: nn.Module) -> None:
     transformers leaves tensors that need no conversion in the mapped file. Its pages come and go
     with the page cache, so that under a limit they would be read again and again, and touching one
     after the file was truncated ends the process.
+
+    Raises:
+        ResourceError: There is not enough memory.
     """
+    tensors = [
+        tensor
+        for tensor in [*model.parameters(), *model.buffers()]
+        if tensor.is_cpu and not tensor.is_meta and tensor.numel() > 0
+    ]
+    distinct = {(t.data_ptr(), t.shape, t.dtype): t.data for t in tensors}
+    sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in distinct.values()]
+    places = [0, *itertools.accumulate(sizes)]
+    try:
+        memory = torch.frombuffer(huge_pages(places[-1]), dtype=torch.uint8)
+    except (OSError, ValueError) as error:
+        raise ResourceError(
+            f"cannot take {format_size(places[-1])} for the trunk: {error}",
+        ) from error
     copies: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_meta or not tensor.is_cpu:
-            continue
+    for (key, source), at in zip(distinct.items(), places, strict=False):
+        copy = memory[at : at + source.nbytes].view(source.dtype).view(source.shape)
+        copies[key] = copy.copy_(source)
+    for tensor in tensors:
         key = tensor.data_ptr(), tensor.shape, tensor.dtype
-        if key not in copies:
-            copies[key] = tensor.data.clone()
         tensor.data = copies[key]  # tied tensors stay tied

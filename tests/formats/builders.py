@@ -66,6 +66,14 @@ def random_matrix(
             floats(1, np.float32),
             floats(1, np.float32),
         )
+    if scheme.scale_bits == 5:
+        return QuantizedMatrix(
+            scheme,
+            (rows, cols),
+            codes,
+            scales=rng.integers(-16, 16, (rows, groups)).astype(np.int8),
+            outer_scales=floats(supers, np.float16),
+        )
     return QuantizedMatrix(
         scheme,
         (rows, cols),

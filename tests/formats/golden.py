@@ -51,12 +51,18 @@ def golden_matrix(name: str, *, full: bool) -> QuantizedMatrix:
     if scheme.scale_bits == 16:
         both = (count / 4).astype("<f2"), (2 - count).astype("<f2")
         return QuantizedMatrix(scheme, (ROWS, COLS), codes, *both)
+    outer_scales = np.array([[1, 2], [3, 4]], "<f2")
+    if scheme.scale_bits == 5:
+        signed = (count * 5 % 32 - 16).astype("i1")
+        return QuantizedMatrix(
+            scheme, (ROWS, COLS), codes, scales=signed, outer_scales=outer_scales
+        )
     if scheme.scale_bits == 8:
         small = (count * 5 % 256).astype("u1"), (count * 7 % 256).astype("u1").view("i1")
         outer = np.array([[0.5], [3]], "<f4"), np.array([[-0.25], [7]], "<f4")
     else:
         small = (count % 16).astype("u1"), (15 - count % 16).astype("u1")
-        outer = np.array([[1, 2], [3, 4]], "<f2"), np.array([[-1, 0.5], [0.25, -8]], "<f2")
+        outer = outer_scales, np.array([[-1, 0.5], [0.25, -8]], "<f2")
     return QuantizedMatrix(scheme, (ROWS, COLS), codes, *small, *outer)
 
 
@@ -76,6 +82,15 @@ SPEC_GATE = _matrix(
 _THREE_BITS = np.zeros((1, 32), "u1")
 _THREE_BITS[0, ::4] = [1, 2, 3, 4, 5, 6, 7, 4]
 SPEC_THREE_BITS = _matrix("q3g64", _THREE_BITS, ("<f2", [1]), ("<f2", [0]))
+_SIGNED = np.full((1, 64), 4, "u1")
+_SIGNED[0, ::16] = [0, 1, 5, 7]
+SPEC_SIGNED = QuantizedMatrix(
+    get_scheme("q3g16s5"),
+    (1, 64),
+    _SIGNED,
+    scales=np.array([[1, -1, -16, 15]], "i1"),
+    outer_scales=np.array([[0.5]], "<f2"),
+)
 SPEC_RECORD = plan_record(6, 2, "q4g64", "q3g32s4", bias=True)
 SPEC_PARTS: dict[str, Part] = {
     "gate": SPEC_GATE,
@@ -312,6 +327,32 @@ MATRICES = {
 06e0: 00 38 00 c8
 0700: 00 02 00 00 04
 0880: 69 d2
+""",
+    ),
+    "q3g16s5": (
+        2208,
+        "292e23278c197380026d165866bc5762",
+        """
+0000: 00 3c 00 42
+0020: c7 1c
+0030: 71 c7
+0040: 0d 02 00 80 80 00 06
+0080: 00 00 00 80
+0140: 00 00 00 80
+01c0: a5 fa
+01d0: 4f 94
+01e0: 05
+0360: e9 3e
+0370: 83 d8
+0380: 00 00 00 00 00 00 06
+0500: 2d 72
+0510: c7 1c
+06a0: 61 b6
+06b0: 0b 50
+06c0: 00 40 00 44
+06e0: 00 01
+0700: 00 02 00 00 04
+0880: 05 0a
 """,
     ),
     "f16": (

@@ -24,12 +24,14 @@ BITS = {
     "q2g16s8": 2,
     "q2g16s4": 2,
     "q3g32s4": 3,
+    "q3g16s5": 3,
     "f16": 16,
     "bf16": 16,
     "f32": 32,
 }
 F16_SPAN_BLOCKS = {"q2g64": 1, "q3g64": 1, "q4g64": 1, "q4g128": 2, "q8g64": 1}
 NIBBLE_GROUP = {"q2g16s4": 16, "q3g32s4": 32}
+LEVELS = (-18, -12, -7, -3, 0, 4, 8, 13)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -86,13 +88,13 @@ def span_nbytes(scheme: str, n: int) -> int:
         return 384
     if scheme == "q2g16s4":
         return 64 + n * 320
-    if scheme == "q3g32s4":
+    if scheme in ("q3g32s4", "q3g16s5"):
         return 64 + n * 416
     return n * 128 * BITS[scheme]
 
 
 def span_blocks(scheme: str) -> int:
-    if scheme in NIBBLE_GROUP:
+    if scheme in NIBBLE_GROUP or scheme == "q3g16s5":
         return 4
     return F16_SPAN_BLOCKS.get(scheme, 1)
 
@@ -128,6 +130,15 @@ def span_value(scheme: str, tile: bytes, start: int, n: int, r: int, i: int) -> 
         s = np.float32(both & 15) * f16(tile, start + 2 * r)
         m = np.float32(both >> 4) * f16(tile, start + 32 + 2 * r)
         return np.float32(np.float32(q) * s - m)
+    if scheme == "q3g16s5":
+        block_at = start + 64 + 416 * block
+        q = code(tile, block_at, bits, r, inside)
+        g = inside // 16
+        low = tile[block_at + 384 + 16 * (g // 2) + r] >> (4 if g % 2 else 0) & 15
+        group = 4 * block + g
+        fifth = tile[start + 32 + 16 * (group // 8) + r] >> group % 8 & 1
+        s = np.float32(low - 16 * fifth) * f16(tile, start + 2 * r)
+        return np.float32(np.float32(LEVELS[q]) * s)
     return raw_value(scheme, code(tile, start, bits, r, inside))
 
 

@@ -22,7 +22,7 @@ from moepack_formats.manifest import (
     from_json,
     to_json,
 )
-from moepack_formats.matrix import pack_matrix
+from moepack_formats.matrix import dequantize, pack_matrix
 from moepack_formats.record import pack_record
 from moepack_formats.schemes import SCHEMES, get_scheme
 from moepack_formats.tensor_file import TensorPlan
@@ -60,6 +60,7 @@ def test_every_scheme_has_a_name_that_says_what_it_is() -> None:
         "q2g16s8": (2, 16, 8, 64),
         "q2g16s4": (2, 16, 4, 256),
         "q3g32s4": (3, 32, 4, 256),
+        "q3g16s5": (3, 16, 5, 256),
         "f16": (16, 0, 0, 64),
         "bf16": (16, 0, 0, 64),
         "f32": (32, 0, 0, 64),
@@ -77,6 +78,7 @@ def test_every_scheme_has_a_name_that_says_what_it_is() -> None:
         ("q2g16s8", 3 + 64 / 4096),
         ("q2g16s4", 2.625),
         ("q3g32s4", 3.375),
+        ("q3g16s5", 3.375),
         ("f16", 16),
         ("bf16", 16),
         ("f32", 32),
@@ -91,7 +93,10 @@ def test_examples_of_the_specification(tmp_path: Path) -> None:
     assert golden.dump(matrix.tobytes()) == spec_example("hex q4g64")
     three_bits = pack_matrix(golden.SPEC_THREE_BITS)
     assert golden.dump(three_bits.tobytes()) == spec_example("hex q3g64")
-    assert (matrix.size, three_bits.size) == (576, 448)
+    signed = pack_matrix(golden.SPEC_SIGNED)
+    assert golden.dump(signed.tobytes()) == spec_example("hex q3g16s5")
+    assert dequantize(golden.SPEC_SIGNED)[0, ::16].tolist() == [-9, 6, -32, 97.5]
+    assert (matrix.size, three_bits.size, signed.size) == (576, 448, 480)
     record = pack_record(golden.SPEC_RECORD, golden.SPEC_PARTS)
     assert record.size == 4096
     assert golden.dump(record.tobytes()) == spec_example("hex record")

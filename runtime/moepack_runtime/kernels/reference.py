@@ -83,6 +83,8 @@ def _decode_spans(spans: Tensor, scheme: Scheme, blocks: int, outer: Tensor | No
         pair = pair.repeat_interleave(blocks, dim=1).view(tiles, -1, 2, 1, 1, TILE_ROWS, 1)
         scale, minimum = pair[:, :, 0], pair[:, :, 1]  # [T, B, 1 group, 1, 16, 1]
         codes = codes.reshape(tiles, count * blocks, code_bytes)
+    elif scheme.scale_bits == 5:
+        return _decode_levels(spans, scheme, blocks)
     else:
         if scheme.scale_bits == 4:
             head = spans[:, :, : 4 * TILE_ROWS].contiguous().view(torch.float16).float()
@@ -102,6 +104,27 @@ def _decode_spans(spans: Tensor, scheme: Scheme, blocks: int, outer: Tensor | No
     # Two roundings, never a fused multiply-add: every reader computes the same bits.
     values: Tensor = by_group * scale
     values -= minimum
+    return values.view(quads.shape)
+
+
+def _decode_levels(spans: Tensor, scheme: Scheme, blocks: int) -> Tensor:
+    """As :func:`_decode_spans` where codes stand for levels, under signed scales of 5 bits."""
+    tiles, count = spans.shape[:2]
+    outer, fifths, body = spans.split([32, 32, spans.shape[2] - 64], dim=2)
+    outer = outer.contiguous().view(torch.float16).float()
+    outer = outer.view(tiles, count, 1, 1, TILE_ROWS)
+    body = body.reshape(tiles, count * blocks, -1)
+    codes, nibbles = body.split([body.shape[2] - 32, 32], dim=2)
+    both = nibbles.reshape(tiles, count, blocks, 2, TILE_ROWS)
+    low = torch.stack([both & 15, both >> 4], dim=4).view(tiles, count, blocks, 4, TILE_ROWS)
+    places = torch.arange(8, dtype=torch.uint8, device=spans.device).view(8, 1)
+    fifth = fifths.reshape(tiles, count, 2, 1, TILE_ROWS) >> places & 1
+    fifth = fifth.view(tiles, count, 4, 4, TILE_ROWS)[:, :, :blocks]
+    scale = (low.float() - 16 * fifth.float()) * outer  # [T, count, blocks, 4 groups, 16]
+    levels = torch.tensor(scheme.levels, dtype=torch.float32, device=spans.device)
+    quads = levels[_unpack_codes(codes, scheme.bits).int()]
+    by_group = quads.view(*quads.shape[:2], 4, 4, TILE_ROWS, 4)
+    values: Tensor = by_group * scale.view(tiles, count * blocks, 4, 1, TILE_ROWS, 1)
     return values.view(quads.shape)
 
 

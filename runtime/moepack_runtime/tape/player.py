@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from moepack_formats.schemes import SCHEMES
-
 from ..experts_compute import ExpertsCompute
 from ..kernels import native
 from ..kernels.native_engine import NativeEngine
@@ -22,8 +20,6 @@ from .lower import Call, embedding_step, lower
 from .pool import compact
 from .record import CannotRecord, Opaque, Step
 from .steps import Kv, NativeStep, Op, elementwise, is_floats
-
-_SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
 
 
 class Player:
@@ -153,7 +149,7 @@ class Player:
             raise CannotRecord("a bias is not float32")
         address = None if bias is None else bias.data_ptr()
         found.data[:] = (out.data_ptr(), x.data_ptr(), packed.data_ptr(), address)
-        number = _SCHEME_NUMBERS[source.scheme.name]
+        number = native.SCHEME_NUMBERS[source.scheme.name]
         found.number[:] = (number, packed.numel(), rows, cols)
         return [*steps, found]
 
@@ -169,7 +165,7 @@ class Player:
             return call
         if not is_floats(out) or ids.numel() != 1 or ids.dtype is not torch.int64:
             raise CannotRecord("an embedding gets something else than one token")
-        number = _SCHEME_NUMBERS[module.scheme.name]
+        number = native.SCHEME_NUMBERS[module.scheme.name]
         numbers = (number, packed.numel(), *module.shape)
         return [embedding_step(out, packed, ids, numbers)]
 

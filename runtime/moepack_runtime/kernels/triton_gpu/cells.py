@@ -29,6 +29,8 @@ from .layout import (
     groups,
     head_nbytes,
     kind,
+    level_bytes,
+    lowest_level,
     span_blocks,
     span_nbytes,
     step_nbytes,
@@ -148,6 +150,62 @@ def scales(matrix, tile, cell, row, blocks, live, SCHEME: tl.constexpr):
         s = tl.load(outer, mask=live, other=0.0).to(tl.float32) * (both & 15).to(tl.float32)
         m = tl.load(outer + 16, mask=live, other=0.0).to(tl.float32) * (both >> 4).to(tl.float32)
     return s, m
+
+
+@triton.jit
+def signed_scales(matrix, tile, cell, row, live, SCHEME: tl.constexpr):
+    """Scales of cells of 32 inputs whose codes stand for levels: two groups, no minima.
+
+    Args:
+        matrix: Address of the packed matrix, int64.
+        tile: Bytes from there to the tile, int64.
+        cell: Number of the cell in its row.
+        row: Row of the tile, 0 to 15.
+        live: Which cells exist.
+        SCHEME: One with signed scales of 5 bits.
+
+    Returns:
+        Two float32 tensors, of quads 0 to 3 and 4 to 7; zeros where a cell does not exist.
+    """
+    block = cell // 2
+    fours = code_offset(block, SCHEME) + code_nbytes(SCHEME) + cell % 2 * 16
+    four = tl.load(as_bytes(matrix) + (tile + fours) + row, mask=live, other=0).to(tl.int32)
+    span = tile + block // span_blocks(SCHEME) * span_nbytes(SCHEME)
+    group = cell % (2 * span_blocks(SCHEME)) * 2  # of the span's, 0 to 14
+    fifths = as_bytes(matrix) + (span + 32 + group // 8 * 16) + row
+    fifth = tl.load(fifths, mask=live, other=0).to(tl.int32) >> (group % 8)
+    outer = tl.load(as_halves(matrix) + span // 2 + row, mask=live, other=0.0).to(tl.float32)
+    first = (four & 15) - (fifth & 1) * 16
+    second = (four >> 4) - (fifth >> 1 & 1) * 16
+    return first.to(tl.float32) * outer, second.to(tl.float32) * outer
+
+
+@triton.jit
+def three_words(words, live):
+    """The three words of cells of 3 bits; zeros where a cell does not exist."""
+    a = tl.load(words, mask=live, other=0)
+    b = tl.load(words + 16, mask=live, other=0)
+    c = tl.load(words + 32, mask=live, other=0)
+    return a, b, c
+
+
+@triton.jit
+def code3(a, b, c, K: tl.constexpr, QUAD: tl.constexpr):
+    """Codes of 3 bits, of input ``4 * QUAD + K`` of cells; a, b, c are their words."""
+    if QUAD < 6:
+        word = a if QUAD < 2 else (b if QUAD < 4 else c)
+        return word >> (8 * K + 3 * (QUAD % 2)) & 7
+    else:
+        upper = (a if QUAD == 6 else c) >> (8 * K + 5)
+        return (upper & 6) | (b >> (8 * K + QUAD) & 1)
+
+
+@triton.jit
+def level(code, SCHEME: tl.constexpr):
+    """What codes of 3 bits stand for, float32, without a conversion."""
+    four = tl.where(code < 4, level_bytes(SCHEME, False), level_bytes(SCHEME, True))
+    above: tl.constexpr = 8388608 - lowest_level(SCHEME)  # 2^23, whose mantissa ends at the ones
+    return ((four >> ((code & 3) * 8) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - above
 
 
 @triton.jit

@@ -6,10 +6,20 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .cells import as_words, code_offset, raw_value, scales
+from .cells import (
+    as_words,
+    code3,
+    code_offset,
+    level,
+    raw_value,
+    scales,
+    signed_scales,
+    three_words,
+)
 from .layout import bits, block_cells, cell_cols, kind
 
 RAW = tl.constexpr(layout.RAW)
+SIGNED_SCALES = tl.constexpr(layout.SIGNED_SCALES)
 
 
 @triton.jit
@@ -59,16 +69,22 @@ def dense_rows(
         word = tl.load(words, mask=live, other=0)
         for part in tl.static_range(CELL):
             _put(to, cell * CELL + part, raw_value(word, part, SCHEME), cols, real)
+    elif kind(SCHEME) == SIGNED_SCALES:
+        first, second = signed_scales(matrix, at, cell, row, live, SCHEME)
+        words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
+        a, b, c = three_words(words, live)
+        for k in tl.static_range(4):
+            for quad in tl.static_range(8):
+                value = level(code3(a, b, c, k, quad), SCHEME) * (first if quad < 4 else second)
+                _put(to, cell * CELL + 4 * quad + k, value, cols, real)
     else:
         s, m = scales(matrix, at, cell, row, blocks, live, SCHEME)
         if bits(SCHEME) == 3:
             words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
-            a = tl.load(words, mask=live, other=0)
-            b = tl.load(words + 16, mask=live, other=0)
-            c = tl.load(words + 32, mask=live, other=0)
+            a, b, c = three_words(words, live)
             for k in tl.static_range(4):
                 for quad in tl.static_range(8):
-                    code = _code3(a >> (8 * k), b >> (8 * k), c >> (8 * k), quad)
+                    code = code3(a, b, c, k, quad)
                     _put(to, cell * CELL + 4 * quad + k, code.to(tl.float32) * s - m, cols, real)
         else:
             BITS: tl.constexpr = bits(SCHEME)
@@ -83,14 +99,3 @@ def dense_rows(
 @triton.jit
 def _put(to, column, value, cols, real):
     tl.store(to + column, value, mask=real & (column < cols))
-
-
-@triton.jit
-def _code3(a, b, c, QUAD: tl.constexpr):
-    if QUAD < 6:
-        word = a if QUAD < 2 else (b if QUAD < 4 else c)
-        return word >> (3 * (QUAD % 2)) & 7
-    elif QUAD == 6:
-        return (a >> 5 & 6) | (b >> 6 & 1)
-    else:
-        return (c >> 5 & 6) | (b >> 7 & 1)

@@ -12,10 +12,21 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .cells import as_words, code_offset, raw_value, scales, tiny
+from .cells import (
+    as_words,
+    code3,
+    code_offset,
+    level,
+    raw_value,
+    scales,
+    signed_scales,
+    three_words,
+    tiny,
+)
 from .layout import bits, block_cells, cell_cols, kind
 
 RAW = tl.constexpr(layout.RAW)
+SIGNED_SCALES = tl.constexpr(layout.SIGNED_SCALES)
 UP = tl.constexpr(88)
 """Inputs are multiplied by up to 2^88 to meet subnormal codes: exact below 2^39 in size."""
 
@@ -72,6 +83,11 @@ def tile_dots(
         if kind(SCHEME) == RAW:
             words = as_words(matrix) + (codes // 4 + wide % PER * 16) + row
             total += _raw_dots(words, live, x, inputs, here, cols, EVEN, SCHEME)
+        elif kind(SCHEME) == SIGNED_SCALES:
+            s, s_next = signed_scales(matrix, at, wide, row, live, SCHEME)
+            words = as_words(matrix) + (codes // 4 + wide % PER * 48) + row
+            dots, dots_next = _level_dots(words, live, x, inputs, here, cols, EVEN, SCHEME)
+            total += s * dots + s_next * dots_next
         else:
             s, m = scales(matrix, at, wide, row, blocks, live, SCHEME)
             if bits(SCHEME) == 3:
@@ -109,9 +125,7 @@ def _dots(words, live, x, inputs, here, cols, EVEN: tl.constexpr, SCHEME: tl.con
 @triton.jit
 def _dots3(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
     """As :func:`_dots` at 3 bits: quads 6 and 7 are in the upper bits of the three words."""
-    a = tl.load(words, mask=live, other=0)
-    b = tl.load(words + 16, mask=live, other=0)
-    c = tl.load(words + 32, mask=live, other=0)
+    a, b, c = three_words(words, live)
     dots = tl.zeros(a.shape, tl.float32)
     sums = tl.zeros(inputs.shape, tl.float32)
     for k in tl.static_range(4):
@@ -130,6 +144,21 @@ def _dots3(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
             dots += tiny(b, k, 6 + high, 1) * lowest[:, None, None]
             sums += value
     return dots * 2.0 ** (149 - UP), sums
+
+
+@triton.jit
+def _level_dots(words, live, x, inputs, here, cols, EVEN: tl.constexpr, SCHEME: tl.constexpr):
+    """``sum(level * x)`` of the two groups of each cell, where 3 bits stand for a level."""
+    a, b, c = three_words(words, live)
+    first = tl.zeros(a.shape, tl.float32)
+    second = tl.zeros(a.shape, tl.float32)
+    for k in tl.static_range(4):
+        for quad in tl.static_range(4):
+            value = _input(x, inputs + (4 * quad + k), here, cols, EVEN)
+            first += level(code3(a, b, c, k, quad), SCHEME) * value[:, None, None]
+            value = _input(x, inputs + (16 + 4 * quad + k), here, cols, EVEN)
+            second += level(code3(a, b, c, k, quad + 4), SCHEME) * value[:, None, None]
+    return first, second
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 
 from moepack_formats.schemes import BLOCK_COLS, SCHEMES, TILE_ROWS
 
-RAW, F16_SCALES, BYTE_SCALES, NIBBLE_SCALES = 0, 1, 2, 3
+RAW, F16_SCALES, BYTE_SCALES, NIBBLE_SCALES, SIGNED_SCALES = 0, 1, 2, 3, 4
 """How a scheme stores scales and minima."""
 
 
@@ -23,7 +23,8 @@ def bits(scheme: str) -> int:
 @triton.constexpr_function
 def kind(scheme: str) -> int:
     """How scales are stored: one of the constants above."""
-    return {0: RAW, 16: F16_SCALES, 8: BYTE_SCALES, 4: NIBBLE_SCALES}[SCHEMES[scheme].scale_bits]
+    kinds = {0: RAW, 16: F16_SCALES, 8: BYTE_SCALES, 4: NIBBLE_SCALES, 5: SIGNED_SCALES}
+    return kinds[SCHEMES[scheme].scale_bits]
 
 
 @triton.constexpr_function
@@ -54,7 +55,7 @@ def span_nbytes(scheme: str) -> int:
 @triton.constexpr_function
 def first_nbytes(scheme: str) -> int:
     """Bytes before the codes of a span's first block."""
-    return 4 * TILE_ROWS if SCHEMES[scheme].scale_bits == 4 else 0
+    return SCHEMES[scheme].span_head_nbytes
 
 
 @triton.constexpr_function
@@ -66,9 +67,10 @@ def code_nbytes(scheme: str) -> int:
 @triton.constexpr_function
 def step_nbytes(scheme: str) -> int:
     """Bytes from the codes of a block to those of the next block of its span."""
-    codes = TILE_ROWS * BLOCK_COLS * SCHEMES[scheme].bits // 8
-    nibbles = SCHEMES[scheme].scale_bits == 4
-    return codes + (BLOCK_COLS // SCHEMES[scheme].group * TILE_ROWS if nibbles else 0)
+    found = SCHEMES[scheme]
+    if found.scale_bits in (4, 5):
+        return found.span_nbytes(2) - found.span_nbytes(1)
+    return TILE_ROWS * BLOCK_COLS * found.bits // 8
 
 
 @triton.constexpr_function
@@ -83,6 +85,20 @@ def block_cells(scheme: str) -> int:
     """Cells of a row in a block."""
     width = SCHEMES[scheme].bits
     return BLOCK_COLS // (32 if width == 3 else 32 // width)
+
+
+@triton.constexpr_function
+def level_bytes(scheme: str, upper: bool) -> int:
+    """Four of the levels that codes stand for, less the lowest, a byte each."""
+    levels = SCHEMES[scheme].levels
+    four = levels[4:8] if upper else levels[:4]
+    return sum((level - levels[0]) << (8 * i) for i, level in enumerate(four))
+
+
+@triton.constexpr_function
+def lowest_level(scheme: str) -> int:
+    """The first of a scheme's levels."""
+    return SCHEMES[scheme].levels[0]
 
 
 def cell_width(scheme: str) -> int:

@@ -18,11 +18,24 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .cells import as_floats, as_words, code_offset, field, lane, raw_value, scales
+from .cells import (
+    as_floats,
+    as_words,
+    code3,
+    code_offset,
+    field,
+    lane,
+    level,
+    raw_value,
+    scales,
+    signed_scales,
+    three_words,
+)
 from .gates import gated, ungated
 from .layout import bits, block_cells, cell_cols, kind
 
 RAW = tl.constexpr(layout.RAW)
+SIGNED_SCALES = tl.constexpr(layout.SIGNED_SCALES)
 
 
 @triton.jit(do_not_specialize=["layout", "num_experts"])
@@ -272,13 +285,21 @@ def _product(
             for part in tl.static_range(CELL):
                 weight = raw_value(word, part, SCHEME)
                 total = _add(total, inputs + (start * CELL + part * W), weight, live, PRECISION)
+        elif kind(SCHEME) == SIGNED_SCALES:
+            first, second = signed_scales(matrix, at, cell, lines, exists, SCHEME)
+            words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
+            a, b, c = three_words(words, exists)
+            for k in tl.static_range(4):
+                for quad in tl.static_range(8):
+                    weight = level(code3(a, b, c, k, quad), SCHEME)
+                    weight *= first if quad < 4 else second
+                    part = inputs + (start * CELL + (4 * quad + k) * W)
+                    total = _add(total, part, weight, live, PRECISION)
         else:
             s, m = scales(matrix, at, cell, lines, blocks, exists, SCHEME)
             if bits(SCHEME) == 3:
                 words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
-                a = tl.load(words, mask=exists, other=0)
-                b = tl.load(words + 16, mask=exists, other=0)
-                c = tl.load(words + 32, mask=exists, other=0)
+                a, b, c = three_words(words, exists)
                 for k in tl.static_range(4):
                     for quad in tl.static_range(8):
                         weight = _weight3(a, b, c, s, m, k, quad)

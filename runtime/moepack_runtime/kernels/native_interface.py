@@ -1,0 +1,90 @@
+"""The C interface of the native library, as ctypes wants it: see ``csrc/moepack.h``."""
+
+from __future__ import annotations
+
+import ctypes
+
+from moepack_formats.schemes import SCHEMES
+
+ABI = 3
+ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
+REFUSALS = {1: "a bad argument", 2: "a short buffer", 3: "not supported on this machine"}
+
+
+class Activation(ctypes.Structure):
+    """``moepack_activation``."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("up_offset", ctypes.c_float),
+    )
+
+
+class Layout(ctypes.Structure):
+    """``moepack_layout``: where an expert's sub-tensors are in its record."""
+
+    _fields_ = (
+        ("first_scheme", ctypes.c_int32),
+        ("down_scheme", ctypes.c_int32),
+        ("first", ctypes.c_int64),
+        ("first_bias", ctypes.c_int64),
+        ("down", ctypes.c_int64),
+        ("down_bias", ctypes.c_int64),
+        ("nbytes", ctypes.c_int64),
+    )
+
+
+class ExpertsLayer(ctypes.Structure):
+    """``moepack_experts_layer``: the experts of one layer whose records are at hand."""
+
+    _fields_ = (
+        ("records", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("chosen", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("activation", Activation),
+        ("gated", ctypes.c_int32),
+        ("demanded", ctypes.c_int64),
+    )
+
+
+INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+SIGNATURES = {
+    "moepack_isa": (ctypes.c_char_p, []),
+    "moepack_set_isa": (INT, [ctypes.c_char_p]),
+    "moepack_linear": (
+        INT,
+        [INT, POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, POINTER, INT, INT],
+    ),
+    "moepack_decode": (
+        INT,
+        [INT, POINTER, LONG, LONG, POINTER, LONG, LONG, INT, POINTER, INT],
+    ),
+    "moepack_experts": (
+        INT,
+        [*[POINTER] * 3, *[LONG] * 3, POINTER, INT, *[POINTER] * 3, INT, INT],
+    ),
+    "moepack_expert_tokens": (
+        INT,
+        [
+            *[POINTER] * 2,
+            *[LONG] * 2,
+            POINTER,
+            INT,
+            *[POINTER] * 4,
+            LONG,
+            POINTER,
+            INT,
+            INT,
+        ],
+    ),
+    "moepack_sum_rows": (INT, [POINTER, LONG, LONG, LONG, POINTER, INT]),
+    "moepack_tape_run": (LONG, [POINTER, LONG, LONG, INT, INT]),
+    "moepack_read": (ctypes.c_uint64, [POINTER, LONG, INT]),
+}
+"""Result and arguments of every function but ``moepack_abi``, which is asked first."""

@@ -31,5 +31,5 @@ def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
     return store_scales(scheme, steps), store_minima(scheme, minima)
 
 
-SOLVER = Solver(solve, signed.round_to_nearest)
+SOLVER = Solver(solve, signed.round_to_nearest, by_size=False)
 QUANTIZER = RoundToNearest()

@@ -22,6 +22,7 @@ from moepack_formats.schemes import Scheme
 from .grid import GroupedRows
 from .signed import SignedRows
 from .storage import Stored
+from .weighing import importance_of_weights
 
 T = TypeVar("T")
 
@@ -43,10 +44,12 @@ class Solver:
     Attributes:
         with_minima: Scales and minima of some rows, as they will be stored.
         signed: Scales of some rows in a scheme of levels.
+        by_size: Whether large weights count more where that pays.
     """
 
     with_minima: Callable[[GroupedRows, Scheme], tuple[Stored, Stored]]
     signed: Callable[[SignedRows, Scheme], Stored]
+    by_size: bool = True
 
     def encode(
         self, weight: Tensor, scheme: Scheme, importance: Tensor | None, codes: Tensor
@@ -64,6 +67,8 @@ class Solver:
             signed = self.signed(signed_rows, scheme)
             signed_rows.write_codes(signed, codes)
             return signed, None
+        if self.by_size:
+            importance = importance_of_weights(weight, scheme, importance)
         rows = GroupedRows(weight, scheme.group, importance)
         scales, minima = self.with_minima(rows, scheme)
         rows.write_codes(scales, minima, (1 << scheme.bits) - 1, codes)

@@ -130,7 +130,7 @@ def test_better_than_rounding(name: str) -> None:
     [
         ("q2g64", 0.112),
         ("q2g16s8", 0.073),
-        ("q2g16s4", 0.074),
+        ("q2g16s4", 0.077),  # Squares of large weights count more than they do here.
         ("q3g64", 0.0285),
         ("q3g32s4", 0.0230),
         ("q3g16s5", 0.0195),

@@ -121,7 +121,7 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
-DEFAULT_SCHEME: dict[int, str] = {2: "q2g16s4", 3: "q3g32s4", 4: "q4g64", 8: "q8g64"}
+DEFAULT_SCHEME: dict[int, str] = {2: "q2g16s4", 3: "q3g16s5", 4: "q4g64", 8: "q8g64"}
 """The scheme an integer width stands for: the best measured of that width (docs/log.md)."""
 
 

@@ -34,7 +34,7 @@ from .calibration import Calibration, ExpertInputs, inner_activations
 from .knapsack import Floats, Ints, choose
 from .mapping import WeightMapping
 
-CANDIDATES = ("q2g64", "q2g16s4", "q3g32s4", "q4g64")
+CANDIDATES = ("q2g64", "q2g16s4", "q3g16s5", "q4g64")
 """Schemes to choose from, for each half of a record."""
 
 MOST_RECORDS = 3

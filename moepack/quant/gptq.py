@@ -27,10 +27,10 @@ from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import SUPER_COLS, Scheme
 
 from . import hqq
-from .grid import GroupedRows, Panel, assemble, in_workers, invert
+from .columns import span_grid
 from .inputs import InputMoments
 from .storage import Stored
-from .superscale import NEIGHBOURS, best_neighbour
+from .walk import Fit, assemble, in_workers
 
 DAMPING = 0.1
 """Added to every input's power, as a share of the mean power; 0.005 to 0.1 differ little on the
@@ -74,9 +74,7 @@ def _factor(products: Tensor) -> Tensor:
     return upper.to(torch.float32)
 
 
-def _feed_back(
-    weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor
-) -> tuple[Stored, Stored]:
+def _feed_back(weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor) -> Fit:
     """Quantize some rows.
 
     Args:
@@ -91,21 +89,23 @@ def _feed_back(
         left = upper.diagonal().square().reciprocal()
         importance = left / left.mean()
         # Scales of 8 bits lie under one factor a row, which has to be known from the start.
-        span = {4: SUPER_COLS, 8: cols}.get(scheme.scale_bits, scheme.group)
+        span = {5: SUPER_COLS, 4: SUPER_COLS, 8: cols}.get(scheme.scale_bits, scheme.group)
         parts = []
         for start in range(0, cols, span):
             inner = slice(start, min(start + span, cols))
-            stored, errors = _span(
+            fit, errors = _span(
                 rest[inner], scheme, upper[inner, inner], importance[inner], codes[:, inner]
             )
-            parts.append(stored)
+            parts.append(fit)
             rest[inner.stop :] -= upper[inner, inner.stop :].t() @ errors
-        return _side_by_side([p[0] for p in parts]), _side_by_side([p[1] for p in parts])
+        minima = [part[1] for part in parts if part[1] is not None]
+        scales = _side_by_side([part[0] for part in parts])
+        return scales, _side_by_side(minima) if minima else None
 
 
 def _span(
     block: Tensor, scheme: Scheme, upper: Tensor, importance: Tensor, codes: Tensor
-) -> tuple[tuple[Stored, Stored], Tensor]:
+) -> tuple[Fit, Tensor]:
     """Quantize the columns of a span.
 
     Args:
@@ -118,37 +118,18 @@ def _span(
     Returns:
         Scales and minima; ``[S, R]`` errors to be fed to later spans.
     """
-    top, group = (1 << scheme.bits) - 1, scheme.group
-    scales, minima = hqq.solve(GroupedRows(block.t(), group, importance), scheme)
+    grid = span_grid(block, scheme, importance)
     errors = torch.empty_like(block)
-    for index, start in enumerate(range(0, len(block), group)):
-        cols = slice(start, min(start + group, len(block)))
-        if scheme.scale_bits == 4:
-            panel = Panel(block[cols].t(), cols.stop - start, importance[cols])
-            _move(panel, scales, minima, index, top)
-        step, minimum = scales.values()[:, index], minima.values()[:, index]
-        inverse, sign = invert(step), step.sign()
+    for index, start in enumerate(range(0, len(block), scheme.group)):
+        cols = slice(start, min(start + scheme.group, len(block)))
+        grid.start_group(index, block[cols], importance[cols])
         for i in range(start, cols.stop):
-            code = ((block[i] + minimum) * inverse).round_().clamp_(0, top).mul_(sign)
+            code, value = grid.round(block[i])
             codes[:, i] = code
-            errors[i] = (block[i] + minimum).sub_(code.mul_(step)).div_(upper[i, i])
+            errors[i] = (block[i] - value).div_(upper[i, i])
             block[i + 1 : cols.stop] -= upper[i, i + 1 : cols.stop, None] * errors[i]
         block[cols.stop :] -= upper[cols, cols.stop :].t() @ errors[cols]
-    return (scales, minima), errors
-
-
-def _move(panel: Panel, scales: Stored, minima: Stored, index: int, top: int) -> None:
-    """Move the 4-bit codes of one group to better neighbours, in place."""
-    scale, minimum = best_neighbour(
-        panel,
-        scales.codes[:, index],
-        scales.spread_outer()[:, index],
-        minima.codes[:, index],
-        minima.spread_outer()[:, index],
-        neighbours=NEIGHBOURS,
-        top=top,
-    )
-    scales.codes[:, index], minima.codes[:, index] = scale, minimum
+    return grid.fit(), errors
 
 
 def _side_by_side(spans: list[Stored]) -> Stored:

@@ -1,4 +1,4 @@
-"""What every quantizer of our own shares: groups of weights, codes, and the walk over a matrix.
+"""What every quantizer of our own shares: groups of weights, and codes that have a minimum.
 
 A matrix is worked on some rows at a time. In a chunk the groups lie side by side, one group to a
 column, so that a sum over a group adds whole vectors and every pass stays in the cache.
@@ -9,30 +9,16 @@ N = R * G groups of a panel.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from moepack_formats.matrix import QuantizedMatrix
-from moepack_formats.schemes import Scheme
-
 from .storage import Stored
 
-T = TypeVar("T")
-
-CHUNK_WEIGHTS = 1 << 19
-"""Weights per chunk: small enough for the cache (16 bytes a weight, 8 MiB in all), large enough
-that an operation takes much longer than starting it, or than waiting for Python's lock."""
-
-MOST_WORKERS = 4
-"""More threads would only wait for Python's lock."""
+P = TypeVar("P")
 
 MINIMUM_TURNS = 2
 """Turns of codes and minima once the scales are final."""
@@ -59,14 +45,15 @@ class Panel:
     The weights are centred on their group's mean: sums of squares then lose nothing to
     cancellation, and the sum of a group's weights is zero.
 
-    With an importance, every sum and mean here and in ``Moments`` counts a weight as often as its
-    input is important, relative to the other inputs of its group; so what is fitted to the sums is
-    fitted to the important inputs, and no formula changes.
+    With an importance, every sum and mean here and in ``Moments`` counts a weight as often as it,
+    or its input, is important, relative to the others of its group; so what is fitted to the sums
+    is fitted to what is important, and no formula changes.
 
     Args:
         rows: ``[R, G * g]`` weights of any float dtype.
         group: Weights in a group, g.
-        importance: ``[G * g]`` float32 of the inputs, above 0; None: all the same.
+        importance: ``[G * g]`` float32 of the inputs or ``[R, G * g]`` of the weights, above 0;
+            None: all the same.
 
     Attributes:
         size: g.
@@ -88,19 +75,21 @@ class Panel:
         self.measure: Tensor | None = None
         self.emphasis = torch.ones(())
         if importance is not None:
-            grouped = importance.reshape(-1, group).t()  # [g, G]
+            grouped = importance.reshape(-1, group).t()  # [g, G] or [g, N]
             emphasis = grouped.mean(dim=0)
             repeats = by_group.shape[1] // len(emphasis)
             self.emphasis = emphasis.repeat(repeats)
             self.measure = (grouped / emphasis).repeat(1, repeats)
+        self._scaled = torch.empty_like(self.weights)
+        self.codes = torch.empty_like(self.weights)
+        self._product = torch.empty_like(self.weights)
         self.mean = self.total(self.weights) / group
         self.weights -= self.mean
         self.low = self.weights.amin(dim=0)
         self.high = self.weights.amax(dim=0)
         self.reach = float(torch.maximum(self.high, -self.low).max())
-        self._scaled = torch.empty_like(self.weights)
-        self.codes = torch.empty_like(self.weights)
-        self._product = torch.empty_like(self.weights)
+        if self.measure is not None:
+            self._weighed = self.weights * self.measure
         self.power = self._sum_product(self.weights, self.weights)
 
     def scale_by(self, inverse: Tensor) -> None:
@@ -126,8 +115,13 @@ class Panel:
 
     def moments(self) -> Moments:
         """Sums of the present codes, for fitting step and zero point to them."""
-        qq = self._sum_product(self.codes, self.codes)
-        return Moments(self.code_sum(), qq, self._sum_product(self.codes, self.weights))
+        if self.measure is None:
+            qq = self._sum_product(self.codes, self.codes)
+            return Moments(self.code_sum(), qq, self._sum_product(self.codes, self.weights))
+        qw = torch.mul(self.codes, self._weighed, out=self._product).sum(dim=0)
+        counted = torch.mul(self.codes, self.measure, out=self._product)
+        q = counted.sum(dim=0)
+        return Moments(q, counted.mul_(self.codes).sum(dim=0), qw)
 
     def squared_steps(self, zero: Tensor, top: int) -> Tensor:
         """Encode, and sum ``[N]`` the squared errors, in steps."""
@@ -137,7 +131,9 @@ class Panel:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum ``[N]`` of ``[g, N]`` values over each group."""
-        return (values if self.measure is None else values * self.measure).sum(dim=0)
+        if self.measure is None:
+            return values.sum(dim=0)
+        return torch.mul(values, self.measure, out=self._product).sum(dim=0)
 
     def _sum_product(self, left: Tensor, right: Tensor) -> Tensor:
         product = torch.mul(left, right, out=self._product)
@@ -146,7 +142,7 @@ class Panel:
         return product.sum(dim=0)
 
 
-class GroupedRows:
+class RowGroups(Generic[P]):
     """Rows of a matrix cut into groups; a short last group of a row is a panel of its own.
 
     Padding the short group would let the padding take part in the fit.
@@ -154,23 +150,31 @@ class GroupedRows:
     Args:
         rows: ``[R, C]`` weights of any float dtype.
         group: Weights in a group.
-        importance: ``[C]`` float32 of the inputs, above 0; None: all the same.
+        panel: Makes a panel of some columns, of the groups' size and of their importance.
+        importance: ``[C]`` float32 of the inputs or ``[R, C]`` of the weights, above 0; None: all
+            the same.
 
     Attributes:
         panels: The full groups of all rows, then the short last groups, as far as there are any.
     """
 
-    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        group: int,
+        panel: Callable[[Tensor, int, Tensor | None], P],
+        importance: Tensor | None = None,
+    ) -> None:
         self._rows, cols = rows.shape
         self._full, short = divmod(cols, group)
-        self.panels: list[Panel] = []
+        self.panels: list[P] = []
         for part, size in (
             (slice(0, self._full * group), group),
             (slice(self._full * group, cols), short),
         ):
             if size and part.start < part.stop:
-                chosen = None if importance is None else importance[part]
-                self.panels.append(Panel(rows[:, part], size, chosen))
+                chosen = None if importance is None else importance[..., part]
+                self.panels.append(panel(rows[:, part], size, chosen))
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Cut ``[R, G]`` values into ``[N]`` for each panel."""
@@ -183,9 +187,31 @@ class GroupedRows:
         by_row = [part.view(self._rows, -1) for part in parts]
         return by_row[0] if len(by_row) == 1 else torch.cat(by_row, dim=1)
 
-    def gather(self, value: Callable[[Panel], Tensor]) -> Tensor:
+    def gather(self, value: Callable[[P], Tensor]) -> Tensor:
         """One value per group, ``[R, G]``, from a function of a panel."""
         return self.join([value(panel) for panel in self.panels])
+
+    def write(self, out: Tensor, codes: Iterable[Tensor]) -> None:
+        """Put the ``[g, N]`` codes of each panel into the rows they are of: ``[R, C]`` uint8."""
+        start = 0
+        for part in codes:
+            by_row = part.t().reshape(self._rows, -1)
+            out[:, start : start + by_row.shape[1]].copy_(by_row)
+            start += by_row.shape[1]
+
+
+class GroupedRows(RowGroups[Panel]):
+    """Rows of a matrix cut into groups that have a scale and a minimum.
+
+    Args:
+        rows: ``[R, C]`` weights of any float dtype.
+        group: Weights in a group.
+        importance: ``[C]`` float32 of the inputs or ``[R, C]`` of the weights, above 0; None: all
+            the same.
+    """
+
+    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
+        super().__init__(rows, group, Panel, importance)
 
     def encode(self, scales: Tensor, minima: Tensor, top: int) -> Iterator[Panel]:
         """Each panel with the codes that suit these ``[R, G]`` scales and minima best."""
@@ -206,15 +232,12 @@ class GroupedRows:
             top: The largest code.
             out: ``[R, C]`` uint8, overwritten.
         """
-        start = 0
         effective = scales.values()
-        for panel, step in zip(
+        encoded = zip(
             self.encode(effective, minima.values(), top), self.split(effective), strict=True
-        ):
-            panel.codes.mul_(step.sign())  # Codes of a step of 0 say nothing; keep them 0.
-            codes = panel.codes.t().reshape(self._rows, -1)
-            out[:, start : start + codes.shape[1]].copy_(codes)
-            start += codes.shape[1]
+        )
+        # Codes of a step of 0 say nothing; keep them 0.
+        self.write(out, (panel.codes.mul_(step.sign()) for panel, step in encoded))
 
 
 def invert(step: Tensor) -> Tensor:
@@ -263,113 +286,3 @@ def refit_minima(rows: GroupedRows, scales: Tensor, minima: Tensor, top: int) ->
             zero = panel.code_sum() / panel.size
         found.append(zero * step - panel.mean)
     return rows.join(found)
-
-
-Solve = Callable[[GroupedRows, Scheme], tuple[Stored, Stored]]
-"""What a quantizer has to do: rows -> scales and minima, both as they will be stored."""
-
-
-def quantize_rows(
-    weight: Tensor, scheme: Scheme, solve: Solve, importance: Tensor | None = None
-) -> QuantizedMatrix:
-    """Quantize a matrix chunk by chunk, on up to as many threads as torch has been given.
-
-    The codes are chosen last, for the scales and minima that the reader will see.
-
-    A chunk is the same rows, and is worked by one thread alone, whatever the number of threads, so
-    the result is too. Torch's own way, every operation shared between threads, would change the
-    order of additions; and with other work on the machine, passes this short spend most of their
-    time waiting for the slower thread.
-
-    Args:
-        weight: ``[R, C]`` finite weights.
-        scheme: A quantized scheme.
-        solve: Chooses the scales and minima of a chunk.
-        importance: ``[C]`` float32 of the inputs, above 0; None: all the same.
-    """
-    rows, cols = weight.shape
-    each = max(1, CHUNK_WEIGHTS // cols)
-    top = (1 << scheme.bits) - 1
-    codes = torch.empty((rows, cols), dtype=torch.uint8)
-
-    def work(first: int) -> tuple[Stored, Stored]:
-        with torch.inference_mode():  # Per thread; spares bookkeeping in every small step.
-            chunk = slice(first, min(first + each, rows))
-            grouped = GroupedRows(weight[chunk], scheme.group, importance)
-            scales, minima = solve(grouped, scheme)
-            grouped.write_codes(scales, minima, top, codes[chunk])
-            return scales, minima
-
-    parts = in_workers([partial(work, first) for first in range(0, rows, each)])
-    return assemble(scheme, codes, parts)
-
-
-def assemble(
-    scheme: Scheme, codes: Tensor, parts: Sequence[tuple[Stored, Stored]]
-) -> QuantizedMatrix:
-    """Put a matrix together.
-
-    Args:
-        scheme: A quantized scheme.
-        codes: ``[R, C]`` uint8.
-        parts: Scales and minima of each chunk of rows.
-    """
-    scales = Stored.concatenate([part[0] for part in parts])
-    minima = Stored.concatenate([part[1] for part in parts])
-    return QuantizedMatrix(
-        scheme,
-        (codes.shape[0], codes.shape[1]),
-        codes.numpy(),
-        scales.codes_as_numpy(),
-        minima.codes_as_numpy(),
-        scales.outer_as_numpy(),
-        minima.outer_as_numpy(),
-    )
-
-
-def in_workers(work: Sequence[Callable[[], T]]) -> list[T]:
-    """Do each piece of work in a thread in which torch uses no further ones.
-
-    The same pieces give the same results, then, whatever the number of threads.
-    """
-    return list(_workers(torch.get_num_threads()).map(lambda piece: piece(), work))
-
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not share its operations with further ones."""
-    count = min(threads, MOST_WORKERS)
-    with _pools_lock:
-        if count not in _pools:
-            _pools[count] = _start_workers(count, threads)
-        return _pools[count]
-
-
-def _start_workers(count: int, threads: int) -> ThreadPoolExecutor:
-    ready = threading.Barrier(count + 1)
-
-    def prepare() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(count, "moepack-quantize", initializer=prepare)
-    for _ in range(count):
-        pool.submit(int)  # Starts a thread each, as none is idle before the barrier.
-    ready.wait()
-    # set_num_threads holds for the thread that calls it, and for threads yet to start.
-    torch.set_num_threads(threads)
-    return pool
-
-
-def _forget_workers() -> None:
-    """Threads and locks do not survive a fork; the child starts its own."""
-    global _pools_lock
-    _pools.clear()
-    _pools_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_workers)

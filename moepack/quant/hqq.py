@@ -29,10 +29,12 @@ from torch import Tensor
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
 
-from .grid import GroupedRows, Panel, invert, quantize_rows, refit_minima, size_lost, take_better
+from . import signed
+from .grid import GroupedRows, Panel, invert, refit_minima, size_lost, take_better
 from .inputs import InputMoments
 from .storage import Stored, store_minima, store_scales
 from .superscale import store_under_super_scales
+from .walk import Solver, quantize_rows
 
 LP_NORM = 0.7
 BETA = 10.0
@@ -64,11 +66,11 @@ class HalfQuadratic:
 
     def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedMatrix:
         """See ``Quantizer.quantize``."""
-        return quantize_rows(weight, scheme, solve)
+        return quantize_rows(weight, scheme, SOLVER)
 
     def quantize_for(self, weight: Tensor, scheme: Scheme, inputs: InputMoments) -> QuantizedMatrix:
         """See ``InputAwareQuantizer.quantize_for``: every sum counts inputs by importance."""
-        return quantize_rows(weight, scheme, solve, inputs.importance())
+        return quantize_rows(weight, scheme, SOLVER, inputs.importance())
 
 
 def solve(rows: GroupedRows, scheme: Scheme, *, full_size: bool = True) -> tuple[Stored, Stored]:
@@ -218,4 +220,5 @@ class Outliers:
         return Outliers(groups, taken.sum(dim=0), (taken * codes).sum(dim=0))
 
 
+SOLVER = Solver(solve, signed.solve)
 QUANTIZER = HalfQuadratic()

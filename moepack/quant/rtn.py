@@ -7,8 +7,10 @@ from torch import Tensor
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
 
-from .grid import GroupedRows, quantize_rows
+from . import signed
+from .grid import GroupedRows
 from .storage import Stored, store_minima, store_scales
+from .walk import Solver, quantize_rows
 
 
 class RoundToNearest:
@@ -18,7 +20,7 @@ class RoundToNearest:
 
     def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedMatrix:
         """See ``Quantizer.quantize``."""
-        return quantize_rows(weight, scheme, solve)
+        return quantize_rows(weight, scheme, SOLVER)
 
 
 def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
@@ -29,4 +31,5 @@ def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
     return store_scales(scheme, steps), store_minima(scheme, minima)
 
 
+SOLVER = Solver(solve, signed.round_to_nearest, by_size=False)
 QUANTIZER = RoundToNearest()

@@ -7,21 +7,33 @@ importance the gain is small (docs/quality.md) and the time is twice as long.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.schemes import Scheme
 
-from . import hqq
-from .grid import GroupedRows, quantize_rows
+from . import hqq, signed
+from .grid import GroupedRows
 from .inputs import InputMoments
 from .storage import Stored
 from .superscale import improve
+from .walk import Solver, quantize_rows
 
 ROUNDS = 2
 _MOVES = (0, -1, 1, -2, 2)
 NEIGHBOURS = tuple((move, _MOVES) for move in _MOVES)
 """Moves of a scale's 4-bit code, each with moves of the minimum's."""
+
+SIGNED_EFFORT = signed.Effort(
+    starts=(-18.0, -22.0, -20.0, -19.0, -17.0, -16.0, -14.5, 13.0, 14.0, 15.0, 12.0, -13.0),
+    refits=4,
+    shares=tuple(0.9 + 0.02 * step for step in range(11)),
+    moves=(0, -1, 1, -2, 2),
+    rounds=3,
+)
+"""For grids without minima."""
 
 
 class WeightedSearch:
@@ -32,11 +44,11 @@ class WeightedSearch:
 
     def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedMatrix:
         """See ``Quantizer.quantize``."""
-        return quantize_rows(weight, scheme, solve)
+        return quantize_rows(weight, scheme, SOLVER)
 
     def quantize_for(self, weight: Tensor, scheme: Scheme, inputs: InputMoments) -> QuantizedMatrix:
         """See ``InputAwareQuantizer.quantize_for``: squared errors count by importance."""
-        return quantize_rows(weight, scheme, solve, inputs.importance())
+        return quantize_rows(weight, scheme, SOLVER, inputs.importance())
 
 
 def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
@@ -51,4 +63,5 @@ def solve(rows: GroupedRows, scheme: Scheme) -> tuple[Stored, Stored]:
     return scales, minima
 
 
+SOLVER = Solver(solve, partial(signed.solve, effort=SIGNED_EFFORT))
 QUANTIZER = WeightedSearch()

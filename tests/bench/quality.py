@@ -81,6 +81,9 @@ def variants() -> Iterator[Variant]:
         ("hqq-lib", "q3g64"),
         ("hqq", "q3g32s4"),
         ("search", "q3g32s4"),
+        ("rtn", "q3g16s5"),
+        ("hqq", "q3g16s5"),
+        ("search", "q3g16s5"),
         ("hqq-lib", "q4g64"),
         ("hqq", "q4g64"),
     ):
@@ -92,6 +95,9 @@ def variants() -> Iterator[Variant]:
         ("gptq", "q2g16s4"),
         ("search", "q3g32s4"),
         ("gptq", "q3g32s4"),
+        ("hqq", "q3g16s5"),
+        ("search", "q3g16s5"),
+        ("gptq", "q3g16s5"),
         ("gptq", "q4g64"),
     ):
         yield _own(quantizer, scheme, calibrated=True)

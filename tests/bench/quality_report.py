@@ -20,13 +20,16 @@ COMPARISONS = (
     ("gptq q2g64", "IQ2_S + importance"),
     ("gptq q2g16s4", "hqq q2g16s4"),
     ("mixed 2.6", "gptq q2g16s4"),
-    ("hqq q3g32s4", "hqq-lib q3g64"),
-    ("hqq q3g32s4", "Q3_K"),
-    ("hqq q3g32s4 + importance", "Q3_K + importance"),
-    ("search q3g32s4 + importance", "Q3_K + importance"),
-    ("gptq q3g32s4", "Q3_K + importance"),
-    ("gptq q3g32s4", "IQ3_S + importance"),
-    ("gptq q3g32s4", "hqq q3g32s4"),
+    ("hqq q3g16s5", "hqq-lib q3g64"),
+    ("hqq q3g16s5", "Q3_K"),
+    ("hqq q3g16s5", "IQ3_S"),
+    ("hqq q3g16s5", "hqq q3g32s4"),
+    ("hqq q3g16s5 + importance", "Q3_K + importance"),
+    ("hqq q3g16s5 + importance", "IQ3_S + importance"),
+    ("gptq q3g16s5", "Q3_K + importance"),
+    ("gptq q3g16s5", "IQ3_S + importance"),
+    ("gptq q3g16s5", "gptq q3g32s4"),
+    ("gptq q3g16s5", "hqq q3g16s5"),
     ("gptq q4g64", "hqq q4g64"),
 )
 """Pairs whose differences the report gives: what should be better, then what it is held against."""
@@ -35,8 +38,8 @@ DEFAULTS = (
     ("`--expert-bits 2`", "hqq q2g16s4", ("Q2_K", "hqq-lib q2g64")),
     ("`--expert-bits 2 --calibrate`", "gptq q2g16s4", ("Q2_K + importance", "IQ2_S + importance")),
     ("`--expert-bits 2.6 --calibrate`", "mixed 2.6", ("Q2_K + importance", "gptq q2g16s4")),
-    ("`--expert-bits 3`, the default", "hqq q3g32s4", ("Q3_K", "hqq-lib q3g64")),
-    ("`--expert-bits 3 --calibrate`", "gptq q3g32s4", ("Q3_K + importance", "IQ3_S + importance")),
+    ("`--expert-bits 3`, the default", "hqq q3g16s5", ("Q3_K", "hqq-lib q3g64")),
+    ("`--expert-bits 3 --calibrate`", "gptq q3g16s5", ("Q3_K + importance", "IQ3_S + importance")),
     ("`--expert-bits 4`", "hqq q4g64", ("hqq-lib q4g64",)),
     ("`--expert-bits 4 --calibrate`", "gptq q4g64", ("hqq-lib q4g64",)),
 )
@@ -46,9 +49,9 @@ RIVALS = (
     ("hqq q2g16s4", False),
     ("hqq q2g16s4 + importance", True),
     ("gptq q2g16s4", True),
-    ("hqq q3g32s4", False),
-    ("search q3g32s4 + importance", True),
-    ("gptq q3g32s4", True),
+    ("hqq q3g16s5", False),
+    ("hqq q3g16s5 + importance", True),
+    ("gptq q3g16s5", True),
 )
 """Recipes of ours, and whether others may know the inputs too, for the list of lost comparisons."""
 

@@ -237,12 +237,12 @@ def test_inspect(command: Command, pack: Path) -> None:
     assert values["model_type"] == "mixtral"
     assert values["architecture"] == "MixtralForCausalLM"
     assert (values["moe_layers"], values["experts"]) == (3, 24)
-    assert values["expert_schemes"] == ["q3g32s4"]
+    assert values["expert_schemes"] == ["q3g16s5"]
     assert values["expert_bits"] == values["expert_bytes"] * 8 / values["expert_parameters"]
     assert values["bytes"] == sum(p.stat().st_size for p in listed(pack))
     text = command("inspect", pack)
     assert (text.code, text.err) == (0, "")
-    assert "24 in 3 layers, q3g32s4" in text.out
+    assert "24 in 3 layers, q3g16s5" in text.out
 
 
 def listed(pack: Path) -> list[Path]:

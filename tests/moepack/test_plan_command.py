@@ -25,7 +25,7 @@ def machine(ram: int, disk: int = 1 << 40) -> Machine:
     return Machine(0, ram, disk, memory_speed=40e9, disk_speed=1e9)
 
 
-@pytest.mark.parametrize("scheme", ["q2g64", "q3g32s4"])
+@pytest.mark.parametrize("scheme", ["q2g64", "q3g16s5"])
 def test_sizes_are_those_of_the_pack(tmp_path: Path, scheme: str) -> None:
     sizes = sizes_of(CONFIG)
     manifest = make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn")

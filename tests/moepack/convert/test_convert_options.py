@@ -110,7 +110,7 @@ def planned(source: Path, **options: Any) -> tuple[tuple[str, ...], int, float]:
 
 
 def test_integer_widths(wide: Path) -> None:
-    expected = {2: "q2g16s4", 3: "q3g32s4", 4: "q4g64", 8: "q8g64", 16: "bf16"}
+    expected = {2: "q2g16s4", 3: "q3g16s5", 4: "q4g64", 8: "q8g64", 16: "bf16"}
     assert {bits: planned(wide, expert_bits=bits)[0] for bits in expected} == {
         bits: (name,) for bits, name in expected.items()
     }
@@ -140,7 +140,7 @@ def test_a_cap_below_everything(wide: Path, command: Command, tmp_path: Path) ->
 
 
 def test_budget(wide: Path) -> None:
-    for name in ("q2g64", "q3g32s4", "q4g64"):
+    for name in ("q2g64", "q3g16s5", "q4g64"):
         nbytes = planned(wide, scheme=name)[1]
         (chosen,), got, _ = planned(wide, budget=nbytes)
         assert got == nbytes, (name, chosen)

@@ -66,10 +66,11 @@ def check_arrays(matrix: QuantizedMatrix, scheme: Scheme, shape: tuple[int, int]
     rows, cols = shape
     groups = scheme.groups(cols)
     assert (matrix.scheme, matrix.shape) == (scheme, shape)
-    outer_cols = {16: None, 8: 1, 4: -(-cols // 256)}[scheme.scale_bits]
-    dtypes: dict[int, tuple[type, type, type | None]] = {
+    outer_cols = {16: None, 8: 1, 5: -(-cols // 256), 4: -(-cols // 256)}[scheme.scale_bits]
+    dtypes: dict[int, tuple[type, type | None, type | None]] = {
         16: (np.float16, np.float16, None),
         8: (np.uint8, np.int8, np.float32),
+        5: (np.int8, None, np.float16),
         4: (np.uint8, np.uint8, np.float16),
     }
     scale_type, minimum_type, outer_type = dtypes[scheme.scale_bits]
@@ -78,7 +79,7 @@ def check_arrays(matrix: QuantizedMatrix, scheme: Scheme, shape: tuple[int, int]
         (matrix.scales, scale_type, (rows, groups)),
         (matrix.minima, minimum_type, (rows, groups)),
         (matrix.outer_scales, outer_type, (rows, outer_cols or 0)),
-        (matrix.outer_minima, outer_type, (rows, outer_cols or 0)),
+        (matrix.outer_minima, outer_type if scheme.has_minima else None, (rows, outer_cols or 0)),
     ]
     for array, dtype, wanted in expected:
         if dtype is None:
@@ -93,6 +94,10 @@ def check_arrays(matrix: QuantizedMatrix, scheme: Scheme, shape: tuple[int, int]
         assert matrix.scales is not None
         assert matrix.minima is not None
         assert max(int(matrix.scales.max()), int(matrix.minima.max())) <= 15
+    if scheme.scale_bits == 5:
+        assert matrix.scales is not None
+        assert int(matrix.scales.min()) >= -16
+        assert int(matrix.scales.max()) <= 15
     assert_equal(unpack_matrix(pack_matrix(matrix), scheme, shape), matrix)
 
 
@@ -135,7 +140,7 @@ def test_a_short_last_group_is_fitted_for_itself(
 ) -> None:
     weight = normal(16, cols)
     tail = slice(cols - cols % scheme.group, cols)
-    if scheme.scale_bits != 4:  # There the other groups have a say in the last one's minimum.
+    if scheme.scale_bits not in (4, 5):  # There the other groups have a say in the last one's.
         weight[:, tail] += 1  # Zeros beside it would stretch its range by far.
     matrix = quantize_matrix(weight, scheme, quantizer)
     if cols % scheme.group:

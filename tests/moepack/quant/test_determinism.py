@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepack.quant import get_quantizer, grid, quantize_matrix
+from moepack.quant import get_quantizer, quantize_matrix, walk
 from moepack_formats.matrix import pack_matrix
 from moepack_formats.schemes import SCHEMES, Scheme
 
@@ -23,7 +23,7 @@ def packed(weight: Tensor, scheme: Scheme, name: str) -> bytes:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a small matrix."""
-    monkeypatch.setattr(grid, "CHUNK_WEIGHTS", 1 << 16)
+    monkeypatch.setattr(walk, "CHUNK_WEIGHTS", 1 << 16)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -114,8 +114,10 @@ def copy_out_of_files(model: nn.Module) -> None:
         for tensor in [*model.parameters(), *model.buffers()]
         if tensor.is_cpu and not tensor.is_meta and tensor.numel() > 0
     ]
-    distinct = {(t.data_ptr(), t.shape, t.dtype): t.data for t in tensors}
-    sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in distinct.values()]
+    same: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        same.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(tensor)
+    sizes = [-(-group[0].nbytes // _ALIGNMENT) * _ALIGNMENT for group in same.values()]
     places = [0, *itertools.accumulate(sizes)]
     try:
         memory = torch.frombuffer(huge_pages(places[-1]), dtype=torch.uint8)
@@ -123,10 +125,9 @@ def copy_out_of_files(model: nn.Module) -> None:
         raise ResourceError(
             f"cannot take {format_size(places[-1])} for the trunk: {error}",
         ) from error
-    copies: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
-    for (key, source), at in zip(distinct.items(), places, strict=False):
-        copy = memory[at : at + source.nbytes].view(source.dtype).view(source.shape)
-        copies[key] = copy.copy_(source)
-    for tensor in tensors:
-        key = tensor.data_ptr(), tensor.shape, tensor.dtype
-        tensor.data = copies[key]  # tied tensors stay tied
+    for group, at in zip(same.values(), places, strict=False):
+        first = group[0]
+        copy = memory[at : at + first.nbytes].view(first.dtype).view(first.shape)
+        copy.copy_(first.data)
+        for tensor in group:  # tied tensors stay tied; the original goes before the next is copied
+            tensor.data = copy

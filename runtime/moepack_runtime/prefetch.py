@@ -76,8 +76,10 @@ class Speculator:
         self._clock = clock
         self.routers = EarlyRouters(model, adapters)
         self._experts = [adapter.num_experts for adapter in adapters]
-        self._guesses: dict[int, set[int]] = {}
-        self._read_far: dict[int, set[int]] = {}  # what was begun to be read for far guesses
+        # By layer, with the count of tokens then: a layer that is computed without coming here
+        # leaves its guess behind.
+        self._guesses: dict[int, tuple[int, set[int]]] = {}
+        self._read_far: dict[int, tuple[int, set[int]]] = {}  # what was begun to be read
         self._far_counts: dict[int, LayerGuesses] = {}
         self._trial = PrefetchTrial()
         self._token_began: float | None = None
@@ -135,8 +137,13 @@ class Speculator:
 
     def _score(self, layer: int, needed: list[int]) -> None:
         """Count how good the guesses about a layer were."""
-        _count(self._guesses.pop(layer, None), needed, self._stats.layers, layer)
-        _count(self._read_far.pop(layer, None), needed, self._far_counts, layer)
+        for guesses, counts in (
+            (self._guesses, self._stats.layers),
+            (self._read_far, self._far_counts),
+        ):
+            tokens, guess = guesses.pop(layer, (-1, set()))
+            if tokens == self._stats.tokens:
+                _count(guess, needed, counts.setdefault(layer, LayerGuesses()))
 
     def _guesses_at(self, layer: int, tokens: int) -> bool:
         """Whether guesses are made at a layer, which may be the first of a token."""
@@ -186,7 +193,7 @@ class Speculator:
         """Start reading what the router of ``target`` picked."""
         if indices is not None:
             ranked = self._ranked(target, indices)
-            self._guesses[target] = set(ranked)
+            self._guesses[target] = self._stats.tokens, set(ranked)
             self._residency.prefetch(target, ranked)
 
     def _guess_far(self, layer: int, target: int) -> None:
@@ -194,9 +201,8 @@ class Speculator:
         indices, counts = self.routers.answer(layer, target), self._far_counts.get(target)
         if indices is None or (_tried(counts) and counts.right < FAR_PRECISION * counts.guessed):
             return
-        self._read_far[target] = set(
-            self._residency.prefetch(target, self._ranked(target, indices))
-        )
+        begun = self._residency.prefetch(target, self._ranked(target, indices))
+        self._read_far[target] = self._stats.tokens, set(begun)
 
     def _ranked(self, target: int, indices: Tensor) -> list[int]:
         """``[T, K]`` indices as experts, first choices first."""
@@ -205,15 +211,11 @@ class Speculator:
         return [expert for expert in choices if expert < self._experts[target]]
 
 
-def _count(
-    guess: set[int] | None, needed: list[int], counts: dict[int, LayerGuesses], layer: int
-) -> None:
-    if guess is not None:
-        of_layer = counts.setdefault(layer, LayerGuesses())
-        of_layer.rounds += 1
-        of_layer.guessed += len(guess)
-        of_layer.needed += len(needed)
-        of_layer.right += len(guess.intersection(needed))
+def _count(guess: set[int], needed: list[int], counts: LayerGuesses) -> None:
+    counts.rounds += 1
+    counts.guessed += len(guess)
+    counts.needed += len(needed)
+    counts.right += len(guess.intersection(needed))
 
 
 def _tried(counts: LayerGuesses | None) -> TypeGuard[LayerGuesses]:

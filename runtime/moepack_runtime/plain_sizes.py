@@ -25,10 +25,6 @@ class _NoExpression:
     """The class of sympy's expressions; nothing is one of them."""
 
 
-def _is_true(condition: Any) -> bool:
-    return bool(condition)
-
-
 def _any(*conditions: Any) -> bool:
     return any(conditions)
 
@@ -55,14 +51,14 @@ def _itself(size: Any) -> Any:
 
 
 _OF_SHAPES: dict[str, Callable[..., Any]] = {
-    "expect_true": _is_true,
-    "guard_or_false": _is_true,
-    "guard_or_true": _is_true,
-    "guard_size_oblivious": _is_true,
+    "expect_true": bool,
+    "guard_or_false": bool,
+    "guard_or_true": bool,
+    "guard_size_oblivious": bool,
     "guarding_hint_or_throw": _itself,
     "has_guarding_hint": _yes,
     "is_nested_int": _no,
-    "statically_known_true": _is_true,
+    "statically_known_true": bool,
     "sym_and": _all,
     "sym_eq": _equal,
     "sym_or": _any,

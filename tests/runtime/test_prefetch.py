@@ -49,13 +49,31 @@ class Watching:
         self.inner.close()
 
 
+ONE_AHEAD = [
+    ("demand", 0),
+    ("prefetch", 1),
+    ("fetch", 0),
+    ("demand", 1),
+    ("prefetch", 2),
+    ("fetch", 1),
+    ("demand", 2),
+    ("fetch", 2),
+]
+"""What a token of three layers asks of the residency where the next layer is guessed for."""
+
+
 @pytest.fixture
-def watched(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model whose residency notes what it is asked."""
+def watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residencies note what they are asked."""
     from moepack_runtime import plugin
 
     real = plugin.open_residency
     monkeypatch.setattr(plugin, "open_residency", lambda *args: Watching(real(*args)))
+
+
+@pytest.fixture
+def watched(pack: Path, watching: None) -> Any:
+    """A model whose residency notes what it is asked."""
     return load_pack(pack, io="buffered", engine="reference")  # whose tokens are not played
 
 
@@ -66,26 +84,12 @@ def test_layers_are_guessed_before_they_are_needed(watched: Any) -> None:
     # The prompt finds the routers; each later token guesses layers 1 and 2 one layer ahead, after
     # it has begun to read what it needs now.
     assert notes[:6] == [(kind, i) for i in range(3) for kind in ("demand", "fetch")]
-    token = [
-        ("demand", 0),
-        ("prefetch", 1),
-        ("fetch", 0),
-        ("demand", 1),
-        ("prefetch", 2),
-        ("fetch", 1),
-        ("demand", 2),
-        ("fetch", 2),
-    ]
-    assert notes[6:] == token * 2
+    assert notes[6:] == ONE_AHEAD * 2
 
 
 @pytest.fixture
-def played(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def played(pack: Path, watching: None) -> Any:
     """The same with tokens that are played."""
-    from moepack_runtime import plugin
-
-    real = plugin.open_residency
-    monkeypatch.setattr(plugin, "open_residency", lambda *args: Watching(real(*args)))
     return load_pack(pack, io="buffered", slots=9)
 
 
@@ -116,16 +120,7 @@ def test_guesses_two_layers_ahead_that_are_wrong_stop(
     ids = families.tokens(batch=1, length=5)
     played.generate(ids, max_new_tokens=16, do_sample=False)
     notes = [note[:2] for note in played.moepack.residency.notes]
-    assert notes[-8:] == [
-        ("demand", 0),
-        ("prefetch", 1),
-        ("fetch", 0),
-        ("demand", 1),
-        ("prefetch", 2),
-        ("fetch", 1),
-        ("demand", 2),
-        ("fetch", 2),
-    ]
+    assert notes[-len(ONE_AHEAD) :] == ONE_AHEAD
 
 
 def test_guesses_are_counted(watched: Any) -> None:

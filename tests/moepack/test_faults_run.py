@@ -90,7 +90,8 @@ def test_not_enough_memory(command: Command, pack: Path, io: str) -> None:
     # In this process the next model comes on top of the one before.
     result = generate(command, pack, "--io", io, "--ram", f"{need + 32}MiB", "--json")
     assert result.json["text"] == wanted
-    assert "give --ram" in generate(command, pack, "--io", io, "--ram", f"{need - 40}MiB").error(5)
+    # How much this process holds besides a model comes and goes with its allocator: far below.
+    assert "give --ram" in generate(command, pack, "--io", io, "--ram", f"{need // 2}MiB").error(5)
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered", "mmap"])

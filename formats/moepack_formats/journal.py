@@ -138,6 +138,23 @@ class Journal:
             self._finished[name] = note.finished
 
 
+def read_fingerprint(folder: Path) -> str | None:
+    """The fingerprint in a folder's journal; None without a journal, or of a damaged one.
+
+    Raises:
+        ResourceError: The system refused.
+    """
+    path = folder / JOURNAL_NAME
+    try:
+        with open(path, "rb") as file:
+            first = file.readline()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise osio.resource_error(error, path) from error
+    return next((note.fingerprint for note, _ in _whole_notes(first)), None)
+
+
 @dataclass(frozen=True)
 class _Note:
     """A line: the fingerprint, or a file with one of the other three."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moepack_formats import osio, strict_json
 from moepack_formats.errors import FormatError, ResourceError, UsageError
-from moepack_formats.journal import JOURNAL_NAME
+from moepack_formats.journal import JOURNAL_NAME, read_fingerprint
 from moepack_formats.manifest import MANIFEST_NAME
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
@@ -77,27 +77,60 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether an interrupted conversion can be resumed here."""
-    return (folder / JOURNAL_NAME).exists() and not (folder / MANIFEST_NAME).exists()
-
-
 def check_usable(folder: Path, *, force: bool) -> None:
-    """Refuse a folder with other content, unless forced.
+    """Refuse a folder with other content, unless forced, before any work is done.
+
+    A folder with a lock is left to :func:`check_locked`: it is in use, or was when its owner was
+    killed.
 
     Raises:
         ResourceError: The folder is not empty, or not a folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ResourceError("not a folder", where=folder)
-    if not folder.exists() or force or is_unfinished(folder):
+    if folder.exists() and not force and not (folder / LOCK_NAME).exists():
+        _check_ours(folder)
+
+
+def check_locked(folder: Path, fingerprint: str, *, force: bool) -> bool:
+    """Refuse a folder with other content, unless forced, now that nobody else writes into it.
+
+    Args:
+        folder: The output folder.
+        fingerprint: Names the conversion that is to be done, as its journal does.
+        force: Overwrite what is there.
+
+    Returns:
+        Whether the conversion is there already: a run of it was ended after the manifest was in
+        place and before its last traces were gone.
+
+    Raises:
+        ResourceError: The folder is not empty, or holds the pack of another conversion.
+    """
+    if force:
+        return False
+    _check_ours(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    if read_fingerprint(folder) != fingerprint:
+        raise _occupied(folder, MANIFEST_NAME)
+    return True
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise unless the folder is empty or has the journal of a conversion."""
+    if (folder / JOURNAL_NAME).exists():
         return
     others = sorted(path.name for path in folder.iterdir() if path.name not in _OURS)
     if others:
-        what = "already holds a pack" if MANIFEST_NAME in others else "the folder is not empty"
-        raise ResourceError(
-            what, where=folder, got=others[0], remedy="give --force to overwrite, or another folder"
-        )
+        raise _occupied(folder, MANIFEST_NAME if MANIFEST_NAME in others else others[0])
+
+
+def _occupied(folder: Path, name: str) -> ResourceError:
+    what = "already holds a pack" if name == MANIFEST_NAME else "the folder is not empty"
+    return ResourceError(
+        what, where=folder, got=name, remedy="give --force to overwrite, or another folder"
+    )
 
 
 def check_apart(source: Path, out: Path) -> None:

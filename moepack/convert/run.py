@@ -32,6 +32,7 @@ from moepack_formats.manifest import (
     to_json,
 )
 from moepack_formats.matrix import pack_matrix
+from moepack_formats.pack import read_manifest
 from moepack_formats.record import Part, RecordSpec, pack_record
 from moepack_formats.schemes import get_scheme
 from moepack_formats.tensor_file import TensorPlan
@@ -53,6 +54,7 @@ from .options import scheme_of_bits
 from .output_folder import (
     STAGE_NAME,
     check_apart,
+    check_locked,
     check_usable,
     clear_old_pack,
     locked,
@@ -93,7 +95,8 @@ def convert(
     """Write the pack that ``plan`` describes.
 
     A run that was killed goes on where it stopped when it is started again with the same source
-    and options, and writes the same bytes as an undisturbed one.
+    and options, and writes the same bytes as an undisturbed one. A run that was killed after its
+    last byte is only tidied up.
 
     Args:
         plan: From :func:`moepack.convert.plan.make_plan`.
@@ -111,7 +114,11 @@ def convert(
     check_usable(out, force=force)
     check_apart(plan.checkpoint.folder, out)
     with locked(out):
-        check_usable(out, force=force)  # another process may just have finished here
+        if check_locked(out, fingerprint(plan), force=force):
+            manifest = read_manifest(out)
+            with closing(Journal(out, fingerprint(plan))) as journal:
+                _clean_up(plan, out, journal)
+            return manifest
         # Before an old pack is given up. What it takes will be free, or is already done.
         done = sum(path.stat().st_size for path in old_files(out))
         # Blocks, not sizes: a staged shard of a Hub source may be a file with holes.
@@ -129,11 +136,20 @@ def convert(
             plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()
-            forget(out)
             osio.write_file(out / MANIFEST_NAME, to_json(manifest))
-            plan.checkpoint.clear()
-            journal.remove()
+            _clean_up(plan, out, journal)
     return manifest
+
+
+def _clean_up(plan: ConversionPlan, out: Path, journal: Journal) -> None:
+    """Take away what only an unfinished conversion needs, the journal last.
+
+    As long as the journal is there, a run that is killed in between does the rest when it is
+    started again.
+    """
+    forget(out)
+    plan.checkpoint.clear()
+    journal.remove()
 
 
 def fingerprint(plan: ConversionPlan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pkgutil
 import random
 import signal
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from moepack.convert.calibration import FOLDER_NAME as CALIBRATION
+from moepack.convert.output_folder import LOCK_NAME
 from moepack_formats import osio
 from moepack_formats.journal import JOURNAL_NAME
 from tests.commands import (
@@ -57,17 +60,15 @@ def test_killed(many: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path,
     source, wanted, counts = many
     chance = random.Random(seed)
     out = tmp_path / "out"
+    code = 0
     for _ in range(chance.choice((1, 1, 2))):
         name = chance.choices(OPERATIONS, weights=(3, 1, 1))[0]
         at = chance.randint(1, counts[name])
         kill = functools.partial(_kill_at, name, at, chance.random() < 0.5)
-        result = Child(tmp_path, "convert", source, out, *WORDS, before=kill).wait()
-        assert result.code in (-signal.SIGKILL, 0)  # the second time there may be less to do
+        code = Child(tmp_path, "convert", source, out, *WORDS, before=kill).wait().code
+        assert code in (-signal.SIGKILL, 0)  # the second time there may be less to do
     result = Child(tmp_path, "convert", source, out, *WORDS, "--json").wait()
-    if (out / "moepack.json").exists() and result.code == 5:  # killed after the last step
-        assert "already holds a pack" in result.err
-    else:
-        assert result.code == 0
+    assert result.code == (5 if code == 0 else 0)  # 5: it holds a pack already
     assert hashes(out) == wanted
     assert leftovers(out) == []
 
@@ -108,10 +109,66 @@ def test_killed_from_outside(
         child.send(signal.SIGKILL)
         child.wait()
         kills += 1
-    if not (out / "moepack.json").exists() or leftovers(out):
-        assert Child(tmp_path, "convert", source, out, *WORDS).wait().code == 0
+    complete = (out / "moepack.json").exists() and not (out / JOURNAL_NAME).exists()
+    result = Child(tmp_path, "convert", source, out, *WORDS).wait()
+    assert result.code == (5 if complete else 0), result
     assert hashes(out) == wanted
     assert leftovers(out) == []
+
+
+TIDYING = {
+    "calibration": "moepack.convert.run.forget",
+    "source": "moepack.convert.folder_source.FolderCheckpoint.clear",
+    "journal": "moepack.convert.run.Journal.remove",
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", TIDYING)
+def test_killed_while_tidying_up(
+    checkpoint: Path, tmp_path: Path, wanted: dict[str, str], step: str, late: bool
+) -> None:
+    """The manifest is in place: the pack is complete, whatever else is still there."""
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    kill = functools.partial(_kill_around, TIDYING[step], late, out)
+    code = Child(tmp_path, "convert", checkpoint, out, *WORDS, before=kill).wait().code
+    assert code == -signal.SIGKILL
+    assert LOCK_NAME in leftovers(out)
+    assert (JOURNAL_NAME in leftovers(out)) == (step != "journal" or not late)
+    assert (out / CALIBRATION / "x").exists() == (step == "calibration" and not late)
+    before = hashes(out)
+    assert wanted.items() <= before.items()
+
+    # Another conversion is none of its business, and takes nothing away but the dead one's lock.
+    other = Child(tmp_path, "convert", checkpoint, out, *WORDS, "--expert-bits", 2).wait()
+    assert f"{out}: already holds a pack" in other.error(5)
+    assert hashes(out) == {name: digest for name, digest in before.items() if name != LOCK_NAME}
+
+    result = Child(tmp_path, "convert", checkpoint, out, *WORDS, "--json").wait()
+    assert hashes(out) == wanted
+    if step == "journal" and late:  # no trace of what made the pack
+        assert f"{out}: already holds a pack" in result.error(5)
+        return
+    assert result.code == 0
+    undisturbed = Child(tmp_path, "convert", checkpoint, aside, *WORDS, "--json").wait()
+    assert {**result.json, "pack": str(aside)} == undisturbed.json
+
+
+def _kill_around(name: str, late: bool, out: Path) -> None:
+    """End this process before or after a step, and leave a file for calibration's to remove."""
+    owner = pkgutil.resolve_name(name.rpartition(".")[0])
+    attribute = name.rpartition(".")[2]
+    real = getattr(owner, attribute)
+
+    def step(*arguments: Any) -> None:
+        if late:
+            real(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, attribute, step)
+    (out / CALIBRATION).mkdir(parents=True)
+    (out / CALIBRATION / "x").write_text("x")
+    (out / JOURNAL_NAME).touch()
 
 
 def test_interrupted(checkpoint: Path, tmp_path: Path, wanted: dict[str, str]) -> None:

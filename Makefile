@@ -7,6 +7,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 MOEPACK := $(VENV)/bin/moepack
 
+# The environment's own cmake where there is one: the machine need not have any.
+CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake
+NATIVE := runtime/moepack_runtime/_native/libmoepack_native.$(if $(filter Darwin,$(shell uname)),dylib,so)
+NATIVE_SOURCES := CMakeLists.txt $(wildcard runtime/csrc/*)
+
 TINY := tests/assets/tiny-moe
 DEMO_PACK := build/demo/tiny-moe-pack
 # A part of the 48 experts, so that records really stream in.
@@ -27,7 +32,7 @@ TESTFLAGS ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## create .venv and install moepack and the development tools in it
+setup: $(STAMP) $(NATIVE)  ## create .venv and install moepack and the development tools in it
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -39,20 +44,23 @@ $(STAMP): pyproject.toml constraints.txt
 	@DISABLE_CUDA=1 $(PY) -m pip install --disable-pip-version-check -c constraints.txt \
 		-e '.[dev]' >build/setup.log 2>&1 || \
 		{ tail -n 40 build/setup.log >&2; echo "setup failed: see build/setup.log" >&2; exit 1; }
-	@$(MAKE) --no-print-directory native
 	@touch $@
+
+# Without a compiler it stays absent, and is tried again.
+$(NATIVE): $(NATIVE_SOURCES) | $(STAMP)
+	@$(MAKE) --no-print-directory native
 
 native:  ## build the native kernels into the source tree (MOEPACK_REQUIRE_NATIVE=1: or fail)
 	@mkdir -p build
-	@{ cmake -S . -B build/native && cmake --build build/native --parallel; } \
-		>build/native.log 2>&1 || { tail -n 20 build/native.log >&2; \
+	@{ $(CMAKE) -S . -B build/native && $(CMAKE) --build build/native --parallel && \
+		touch $(NATIVE); } >build/native.log 2>&1 || { tail -n 20 build/native.log >&2; \
 		echo "no native kernels: see build/native.log; packs will run on torch, slowly" >&2; \
 		test -z "$(MOEPACK_REQUIRE_NATIVE)"; }
 
 test-native: $(STAMP)  ## run the kernels' tests under the address and undefined behaviour sanitizers
 	@mkdir -p build
-	@{ cmake -S . -B build/sanitized -DMOEPACK_SANITIZE=ON && \
-		cmake --build build/sanitized --parallel --target all isa_parity; } \
+	@{ $(CMAKE) -S . -B build/sanitized -DMOEPACK_SANITIZE=ON && \
+		$(CMAKE) --build build/sanitized --parallel --target all isa_parity; } \
 		>build/sanitized.log 2>&1 || \
 		{ tail -n 40 build/sanitized.log >&2; exit 1; }
 	@build/sanitized/isa_parity
@@ -66,34 +74,34 @@ test-native: $(STAMP)  ## run the kernels' tests under the address and undefined
 
 test-neon:  ## run the Arm kernels in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build
-	@{ cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	@{ $(CMAKE) -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
-		cmake --build build/neon --parallel --target isa_parity; } >build/neon.log 2>&1 || \
+		$(CMAKE) --build build/neon --parallel --target isa_parity; } >build/neon.log 2>&1 || \
 		{ tail -n 40 build/neon.log >&2; exit 1; }
 	@qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/isa_parity
 
-demo: $(STAMP)  ## convert the small model in tests/assets and stream text from the pack
+demo: $(STAMP) $(NATIVE)  ## convert the small model in tests/assets and stream text from the pack
 	@$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force
 	@printf '\n%s' "$(PROMPT)"
 	@$(MOEPACK) generate $(DEMO_PACK) --prompt "$(PROMPT)" --greedy --max-new-tokens 80 \
 		--slots $(DEMO_SLOTS)
 
-test: $(STAMP)  ## run the tests (all but the slow ones and those that need a GPU)
+test: $(STAMP) $(NATIVE)  ## run the tests (all but the slow ones and those that need a GPU)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not gpu" $(TESTFLAGS)
 
-test-slow: $(STAMP)  ## run the slow tests
+test-slow: $(STAMP) $(NATIVE)  ## run the slow tests
 	@$(PY) -m pytest -q -m "slow and not gpu" $(TESTFLAGS)
 
-test-explore: $(STAMP)  ## run the property tests on examples that no run before has seen
+test-explore: $(STAMP) $(NATIVE)  ## run the property tests on examples that no run before has seen
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "hypothesis and not slow" \
 		--hypothesis-profile explore $(TESTFLAGS)
 
-test-gpu: $(STAMP)  ## run the tests that need a GPU, Triton's kernels among them
+test-gpu: $(STAMP) $(NATIVE)  ## run the tests that need a GPU, Triton's kernels among them
 	@$(PY) tests/bench/gpu/need.py
 	@TRITON_INTERPRET=0 $(PY) -m pytest -q -n auto --maxprocesses 8 -m "gpu and not slow" \
 		tests/runtime/kernels/triton_gpu tests/runtime/gpu/test_cuda.py $(TESTFLAGS)
 
-bench-gpu: $(STAMP)  ## measure this machine's GPU, into docs/gpu/REPORT-<gpu>.md
+bench-gpu: $(STAMP) $(NATIVE)  ## measure this machine's GPU, into docs/gpu/REPORT-<gpu>.md
 	@TRITON_INTERPRET=0 $(PY) -m tests.bench.gpu.report
 
 check: $(STAMP)  ## lint, formatting, types and the direction of imports
@@ -102,12 +110,12 @@ check: $(STAMP)  ## lint, formatting, types and the direction of imports
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports --no-logo
 
-bench: $(STAMP)  ## decode and prefill speed, cache hits and recall of the demo pack, as JSON
+bench: $(STAMP) $(NATIVE)  ## decode and prefill speed, cache hits and recall of the demo pack, as JSON
 	@test -f $(DEMO_PACK)/moepack.json || \
 		$(MOEPACK) convert $(TINY) $(DEMO_PACK) --attn-bits 4 --expert-bits 3 --force >&2
 	@$(MOEPACK) bench $(DEMO_PACK) --json
 
-bench-convert: $(STAMP)  ## conversion speed and peak memory (SHAPE=, LAYERS=), as JSON
+bench-convert: $(STAMP) $(NATIVE)  ## conversion speed and peak memory (SHAPE=, LAYERS=), as JSON
 	@$(PY) tests/bench/convert_speed.py --shape $(SHAPE) --layers $(LAYERS)
 
 # Folders and texts of your own: MODEL=path TEXT=held-out.txt CALIBRATE=other.txt
@@ -115,10 +123,10 @@ MODEL ?= $(TINY)
 TEXT ?= tests/assets/text/tiny-moe-valid.txt
 CALIBRATE ?= tests/assets/text/tiny-moe-valid.txt
 
-quality: $(STAMP)  ## size against quality of a model's experts (MODEL=, TEXT=, CALIBRATE=)
+quality: $(STAMP) $(NATIVE)  ## size against quality of a model's experts (MODEL=, TEXT=, CALIBRATE=)
 	@$(PY) tests/bench/quality.py $(MODEL) --text $(TEXT) --calibrate $(CALIBRATE) $(QUALITYFLAGS)
 
-bench-memory: $(STAMP)  ## a model larger than memory against llama.cpp (as root: under a real limit)
+bench-memory: $(STAMP) $(NATIVE)  ## a model larger than memory against llama.cpp (as root: under a real limit)
 	@$(PY) tests/bench/memory.py $(MEMORYFLAGS)
 
 docs-cli: $(STAMP)  ## write docs/cli.md from the command line's own help

@@ -121,6 +121,12 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(not os.environ.get("MOEPACK_REQUIRE_NATIVE"), reason="it may be absent")
+def test_the_library_is_there_where_it_must_be() -> None:
+    """Without it many tests are skipped, and nobody looks."""
+    assert native.available(), native.why_not()
+
+
 def test_without_the_library_there_is_one_notice(tmp_path: Path) -> None:
     code = (
         "from moepack_runtime.kernels import select\n"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moepack_formats import osio
 from moepack_formats.journal import JOURNAL_NAME
-from tests.commands import Command, Result
+from tests.commands import Command, Result, wait_for
 
 WORDS = ("--quantizer", "rtn")
 
@@ -48,12 +47,13 @@ def progress(out: Path) -> int:
         return 0
 
 
-def slow_writes() -> None:
-    """Make a conversion slow enough to be met in the middle."""
+def stop_after(noted: int, out: Path, until: Path) -> None:
+    """Make a conversion wait until a file is there, once its journal has more bytes than this."""
     real = osio.write_at
 
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.02)
+    def write_at(*arguments: Any) -> None:
+        if progress(out) > noted:
+            wait_for(until.exists)
         real(*arguments)
 
-    osio.write_at = slow
+    osio.write_at = write_at

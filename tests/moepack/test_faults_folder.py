@@ -21,19 +21,21 @@ from tests.commands import (
     make_checkpoint,
     wait_for,
 )
-from tests.moepack.conversions import WORDS, Failing, convert, progress, slow_writes
+from tests.moepack.conversions import WORDS, Failing, convert, progress, stop_after
 from tests.packs import make_pack
 
 
 def test_two_conversions_into_one_folder(
     command: Command, checkpoint: Path, tmp_path: Path, wanted: dict[str, str]
 ) -> None:
-    out = tmp_path / "out"
-    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, before=slow_writes)
+    out, until = tmp_path / "out", tmp_path / "until"
+    stop = functools.partial(stop_after, 500, out, until)
+    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, before=stop)
     wait_for(lambda: progress(out) > 500)
     for force in ([], ["--force"]):
         line = convert(command, checkpoint, out, *force).error(5)
         assert f"{out}: in use by PID {child.pid}; wait until that command ends" in line
+    until.touch()
     assert child.wait().code == 0
     assert hashes(out) == wanted
     assert "already holds a pack" in convert(command, checkpoint, out).error(5)

@@ -26,7 +26,7 @@ from tests.commands import (
     make_checkpoint,
     wait_for,
 )
-from tests.moepack.conversions import WORDS, progress, slow_writes
+from tests.moepack.conversions import WORDS, progress, stop_after
 from tests.packs import make_pack
 
 OPERATIONS = ("write_at", "sync", "replace")
@@ -173,7 +173,8 @@ def _kill_around(name: str, late: bool, out: Path) -> None:
 
 def test_interrupted(checkpoint: Path, tmp_path: Path, wanted: dict[str, str]) -> None:
     out = tmp_path / "out"
-    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, before=slow_writes)
+    stop = functools.partial(stop_after, 500, out, tmp_path / "never")
+    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, before=stop)
     wait_for(lambda: progress(out) > 500)
     child.send(signal.SIGINT)
     result = child.wait()
@@ -192,7 +193,8 @@ def test_interrupted(checkpoint: Path, tmp_path: Path, wanted: dict[str, str]) -
 def test_interrupted_with_force(checkpoint: Path, tmp_path: Path, wanted: dict[str, str]) -> None:
     """--force would start over: the advice leaves it out."""
     out = tmp_path / "out"
-    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, "--force", before=slow_writes)
+    stop = functools.partial(stop_after, 500, out, tmp_path / "never")
+    child = Child(tmp_path, "convert", checkpoint, out, *WORDS, "--force", before=stop)
     wait_for(lambda: progress(out) > 500)
     child.send(signal.SIGINT)
     assert "same command again, without --force, resumes" in child.wait().err

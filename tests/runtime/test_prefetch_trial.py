@@ -1,10 +1,9 @@
-"""Prefetch measures itself: on a clock of the test's own, and on a slow store."""
+"""Prefetch measures itself: on a clock of the test's own, and on a simulated disk."""
 
 from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepack_formats import osio
+from moepack_runtime import slot_cache
 from moepack_runtime.early_routers import EarlyRouters
 from moepack_runtime.loading import load_pack
 from moepack_runtime.prefetch_trial import FIRST_HOLD, TRIAL, WARM_UP, PrefetchTrial
 from moepack_runtime.slot_cache import SlotCache
 from tests import families
+from tests.runtime.stepped_io import SimulatedDisk
 
 WITHIN = 64
 """Tokens within which prefetch that costs speed must be off."""
@@ -142,19 +142,21 @@ def test_what_happens_between_tokens_is_not_theirs(
     assert (verdict.pays, verdict.with_guesses, verdict.without) == (True, 1.0, 1.0)
 
 
-class SlowStore:
-    """Makes a loaded pack read, and compute, as slowly as said."""
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> SimulatedDisk:
+    """What packs that are loaded from now on read from: 3 ms a record."""
+    simulated = SimulatedDisk(0.003)
+    monkeypatch.setattr(slot_cache, "IoPool", lambda threads: simulated)
+    return simulated
 
-    def __init__(self, model: Any, patch: pytest.MonkeyPatch, read_s: float, compute_s: float):
-        real = osio.read_at
 
-        def read_at(*arguments: Any, **keywords: Any) -> None:
-            time.sleep(read_s)
-            real(*arguments, **keywords)
-
-        patch.setattr(osio, "read_at", read_at)
-        for layer in model.model.layers:
-            layer.self_attn.register_forward_hook(lambda *_: time.sleep(compute_s))
+def load_timed(pack: Path, disk: SimulatedDisk, compute_s: float) -> Any:
+    """A pack on the disk's clock, whose attentions take so long."""
+    model = load(pack)
+    model.moepack.speculator._clock = lambda: disk.now
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: disk.pass_time(compute_s))
+    return model
 
 
 def decode(model: Any, tokens: int) -> None:
@@ -190,16 +192,18 @@ def load(pack: Path) -> Any:
 
 
 def test_wrong_guesses_turn_themselves_off(
-    pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pack: Path,
+    disk: SimulatedDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Demands wait behind reads of records that nobody wants, and for the guessing itself."""
-    model = load(pack)
-    SlowStore(model, monkeypatch, read_s=0.003, compute_s=0)
+    model = load_timed(pack, disk, compute_s=0)
     # Half right, so that the rule about recall does not end it; half wrong and not resident.
     resident = model.moepack.residency.resident
 
     def choose(_: Any, __: int, target: int, indices: Tensor) -> Sequence[int]:
-        time.sleep(0.005)
+        disk.pass_time(0.005)
         at_hand, right = resident(target), indices[0].tolist()
         return [*[e for e in range(8) if e not in at_hand and e not in right][:3], *right]
 
@@ -219,18 +223,20 @@ def test_wrong_guesses_turn_themselves_off(
 
 
 def test_right_guesses_stay_on(
-    pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pack: Path,
+    disk: SimulatedDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A read takes as long as an attention: what is guessed in time is free."""
     ids = families.tokens(batch=1, length=WITHIN)
-    oracle = load_pack(pack, prefetch=False)
+    oracle = load_pack(pack, io="mmap", prefetch=False)
     used: list[list[list[int]]] = [[] for _ in oracle.moepack.layers]
     for compute in oracle.moepack.layers:
         compute.watcher = lambda layer, index, _: used[layer].append(index[0].tolist())
     decode(oracle, WITHIN)
 
-    model = load(pack)
-    SlowStore(model, monkeypatch, read_s=0.003, compute_s=0.006)
+    model = load_timed(pack, disk, compute_s=0.006)
 
     def choose(_: Any, layer: int, target: int, indices: Tensor) -> Sequence[int]:
         return used[target][len(seen)]  # the prompt is the first of those used
@@ -242,7 +248,9 @@ def test_right_guesses_stay_on(
     guess_by(monkeypatch, choose)
     with caplog.at_level(logging.INFO):
         decode(model, len(ids[0]))
-    assert model.moepack.speculator.pays
+    speculator = model.moepack.speculator
+    assert speculator.pays
+    assert speculator._trial.verdict.with_guesses < speculator._trial.verdict.without
     assert model.moepack.stats.prefetch_stops == 0
     assert model.moepack.stats.recall == 1
     assert "prefetch stays on: a token takes" in caplog.text

@@ -8,12 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from moepack_formats import checksum
 from moepack_formats.layer import RecordLocation
 from moepack_formats.record import RecordSpec, plan_record
+from moepack_runtime import slot_cache
 from moepack_runtime.options import RuntimeOptions
 from moepack_runtime.slot_cache import SlotCache
 from moepack_runtime.statistics import Statistics
+from tests.runtime.stepped_io import SteppedPool
 
 LAYERS, EXPERTS = 3, 5
 SMALL, LARGE = (plan_record(64, width, "q4g64", "q4g64") for width in (16, 80))
@@ -56,9 +60,20 @@ class FakePack:
 
 @contextlib.contextmanager
 def opened(
-    budget: int, *, sizes: int = 2, threads: int = 2, policy: str = "lfu"
+    budget: int, *, sizes: int = 2, threads: int = 2, policy: str = "lfu", stepped: bool = False
 ) -> Iterator[tuple[SlotCache, FakePack, Statistics]]:
-    with tempfile.TemporaryDirectory() as folder:
+    """A cache over such a pack.
+
+    Args:
+        budget: Bytes for its slots.
+        sizes: Of records.
+        threads: That read.
+        policy: Which records give way.
+        stepped: Nothing is read but by a ``SteppedPool``.
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if stepped:
+            patch.setattr(slot_cache, "IoPool", lambda threads: SteppedPool())
         pack, stats = FakePack(Path(folder), sizes), Statistics()
         cache = SlotCache(pack, budget, RuntimeOptions(io_threads=threads, policy=policy), stats)  # type: ignore[arg-type]
         try:
@@ -77,8 +92,15 @@ def check_invariants(cache: SlotCache) -> None:
         assert all(entry.pins == 0 for entry in entries)
         assert sorted(size.staged) == sorted(e.key for e in entries if e.guessed)
         assert size.demanded == len(entries) - len(size.staged)
-        # Once nothing is pinned any more, guesses have their reserved slots again.
-        assert size.demanded <= size.arena.slots
+        assert size.demanded <= size.slots
+
+
+def check_reserve(cache: SlotCache, nbytes: int) -> None:
+    """Guesses have their slots again: a record of this size has just been read on demand.
+
+    Before that, tokens without guesses may have filled them, and hits leave them so.
+    """
+    assert cache._classes[nbytes].demanded <= cache._classes[nbytes].demanded_limit
 
 
 def holds(cache: SlotCache) -> set[tuple[int, int]]:

@@ -10,9 +10,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moepack_runtime import record_reader
-from moepack_runtime.io_pool import DEMAND
 from moepack_runtime.slot_cache import UNGUESSED, record_sizes
-from tests.runtime.fake_pack import EXPERTS, LARGE, LAYERS, SMALL, check_invariants, holds, opened
+from tests.runtime.fake_pack import (
+    EXPERTS,
+    LARGE,
+    LAYERS,
+    SMALL,
+    check_invariants,
+    check_reserve,
+    holds,
+    opened,
+)
 
 OPERATIONS = st.lists(
     st.tuples(
@@ -50,8 +58,8 @@ def test_any_sequence(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(record_reader.osio, "read_at", counting)
             for kind, layer, experts in operations:
+                before = holds(cache)
                 if kind == "prefetch":
-                    before = holds(cache)
                     demanded = {k for k in before if not cache._entries[k].guessed}
                     cache.prefetch(layer, experts)
                     assert demanded <= holds(cache)  # a guess costs no cached expert
@@ -69,6 +77,9 @@ def test_any_sequence(
                 del fetching
                 if kind == "fetch":
                     assert sorted(seen) == sorted(experts)
+                    for expert in experts:
+                        if (layer, expert) not in before:
+                            check_reserve(cache, pack.layers[layer][expert].spec.nbytes)
                 check_invariants(cache)
             # What is on its way arrives; then every byte is accounted for.
             for entry in list(cache._entries.values()):
@@ -200,13 +211,10 @@ def test_guesses_get_their_slots_back() -> None:
 
 def test_a_later_guess_replaces_an_earlier_one() -> None:
     """What is not being read yet is not read."""
-    with opened(15 * SMALL.nbytes, sizes=1, threads=1) as (cache, _, stats):
-        gate = threading.Event()
-        cache._io.submit(gate.wait, DEMAND)
+    with opened(15 * SMALL.nbytes, sizes=1, stepped=True) as (cache, _, stats):
         cache.prefetch(2, [0, 1, 2])
         cache.prefetch(2, [2, 3])
         assert holds(cache) == {(2, 2), (2, 3)}
-        gate.set()
         assert sorted(e for e, _ in cache.fetch(2, [2, 3])) == [2, 3]
         assert (stats.speculative_reads, stats.speculative_used) == (2, 2)
         assert stats.bytes_read == 2 * SMALL.nbytes
@@ -214,13 +222,19 @@ def test_a_later_guess_replaces_an_earlier_one() -> None:
 
 def test_guesses_that_are_not_being_read_are_dropped() -> None:
     """A guess that turns out wrong before a thread takes it costs no bytes."""
-    with opened(12 * SMALL.nbytes, sizes=1, threads=1) as (cache, _, stats):
-        gate = threading.Event()
-        cache._io.submit(lambda: gate.wait() and None, DEMAND)
+    with opened(12 * SMALL.nbytes, sizes=1, stepped=True) as (cache, _, stats):
         cache.prefetch(1, [0, 1, 2])
-        fetching = cache.fetch(1, [1])
-        threading.Timer(0.05, gate.set).start()
-        assert [e for e, _ in fetching] == [1]
+        assert [e for e, _ in cache.fetch(1, [1])] == [1]
         assert stats.speculative_reads == stats.speculative_used == 1
         assert stats.bytes_read == SMALL.nbytes
         assert holds(cache) == {(1, 1)}
+
+
+def test_guesses_that_are_being_read_are_kept() -> None:
+    with opened(12 * SMALL.nbytes, sizes=1, stepped=True) as (cache, _, stats):
+        cache.prefetch(1, [0, 1, 2])
+        assert cache._io.step()  # type: ignore[attr-defined]
+        assert [e for e, _ in cache.fetch(1, [1])] == [1]
+        assert (stats.speculative_reads, stats.speculative_used) == (2, 1)
+        assert stats.bytes_read == 2 * SMALL.nbytes
+        assert holds(cache) == {(1, 0), (1, 1)}

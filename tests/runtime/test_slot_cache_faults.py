@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -97,26 +96,14 @@ def test_a_pass_that_ends_midway_leaves_no_pins() -> None:
 
 def test_reads_that_a_pass_left_behind_are_waited_for() -> None:
     """Ctrl-C during a reply, then the next question: its only slot is still being filled."""
-    gate, real = threading.Event(), record_reader.osio.read_at
-
-    def read_at(
-        descriptor: int, buffer: memoryview, offset: int, where: object, *, align: int = 1
-    ) -> None:
-        if "layer 0, expert 1" in str(where):
-            gate.wait(10)
-        real(descriptor, buffer, offset, where, align=align)
-
-    with (
-        opened(SMALL.nbytes + LARGE.nbytes) as (cache, _, _),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(record_reader.osio, "read_at", read_at)
+    with opened(SMALL.nbytes + LARGE.nbytes, stepped=True) as (cache, _, _):
         fetching = iter(cache.fetch(0, [0, 1]))
         assert next(fetching)[0] == 0
         del fetching
-        assert not cache._entries[0, 1].reading.done
-        threading.Timer(0.05, gate.set).start()
+        left = cache._entries[0, 1].reading
+        assert not left.done
         assert [e for e, _ in cache.fetch(1, [0])] == [0]  # as large as the one before
+        assert left.done
         check_invariants(cache)
 
 
@@ -131,20 +118,30 @@ def test_two_passes_at_once_need_slots_for_both() -> None:
 
 
 def test_closing_ends_the_threads() -> None:
-    before = threading.active_count()
     with opened(4 * SMALL.nbytes, threads=3) as (cache, _, _):
-        assert threading.active_count() == before + 3
+        threads = cache._io._threads
+        assert len(threads) == 3
+        assert all(thread.is_alive() for thread in threads)
         cache.prefetch(0, [0, 1])
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in threads)
 
 
 # --- parts ----------------------------------------------------------------------------------------
 
 
+def until(event: threading.Event) -> Callable[[], None]:
+    """A job that ends when the event comes."""
+
+    def job() -> None:
+        assert event.wait(60)
+
+    return job
+
+
 def test_demands_overtake_guesses() -> None:
     pool = IoPool(1)
     gate, order = threading.Event(), list[str]()
-    pool.submit(lambda: time.sleep(0 * gate.wait(10)), DEMAND)
+    pool.submit(until(gate), DEMAND)
     for i in range(3):
         pool.submit(lambda i=i: order.append(f"guess {i}"), SPECULATION)  # type: ignore[misc]
     late = pool.submit(lambda: order.append("demand"), DEMAND)

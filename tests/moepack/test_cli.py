@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -45,22 +44,9 @@ def test_help_loads_nothing_heavy(arguments: list[str], forbidden: tuple[str, ..
     first, *loaded = done.stderr.split()
     assert first == "0"
     assert not set(forbidden) & set(loaded)
+    # Its time, a fifth of a second, goes by how much is loaded: 236 modules when this was written.
+    assert forbidden != HEAVY or len(loaded) < 320
     assert done.stdout.strip()
-
-
-def test_first_paint_is_quick() -> None:
-    """Processor time rather than the clock's: other programs do not count."""
-
-    def seconds() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    times = []
-    for _ in range(5):
-        start = seconds()
-        subprocess.run([sys.executable, "-m", "moepack", "--help"], capture_output=True)
-        times.append(seconds() - start)
-    assert sorted(times)[2] < 0.3
 
 
 def test_help_names_every_command(command: Command) -> None:

@@ -122,9 +122,9 @@ def test_08_duplicate_keys(check: Check, text: str) -> None:
 
 def test_08_duplicate_among_many_is_found_quickly(check: Check) -> None:
     keys = ",".join(f'"{i}":0' for i in [*range(300_000), 299_999])
-    start = time.monotonic()
+    start = time.process_time()
     check(safetensors(f"{{{keys}}}"), "key '299999' stands twice")
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", "\0"])
@@ -265,23 +265,23 @@ def test_names_do_not_reach_the_terminal_as_they_are(check: Check) -> None:
 def test_long_names_and_long_lists_cost_little(check: Check) -> None:
     """A message about one number must not copy megabytes for each number before it."""
     shape = [0] * 1_000_000
-    start = time.monotonic()
+    start = time.process_time()
     check(safetensors({"n" * 8_000_000: {**U8_16, "shape": [*shape, -1]}}), "wrong type")
     check(safetensors({"n" * 8_000_000: 1}), "wrong type")
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_many_tensors(tmp_path: Path) -> None:
     """A header near the cap is read within seconds and a few times its own size."""
     entries = {f"{i:x}": {**U8_16, "shape": [], "data_offsets": [i, i + 1]} for i in range(60_000)}
     data = safetensors(json.dumps(entries, separators=(",", ":")), bytes(60_000))
-    start = time.monotonic()
+    start = time.process_time()
     header = parse(tmp_path / "a", data)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert list(header.tensors) == list(entries)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=80), st.integers(0, 100))
 def test_any_bytes_are_refused_or_read(tmp_path_factory, body: bytes, length: int) -> None:
     path = tmp_path_factory.mktemp("any") / "a"
@@ -289,7 +289,7 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory, body: bytes, length: in
         parse(path, struct.pack("<Q", length) + body)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(at=st.integers(0, 300), value=st.integers(0, 255))
 def test_any_changed_byte_is_refused_or_read(tmp_path_factory, at: int, value: int) -> None:
     data = bytearray(safetensors({"__metadata__": {"k": "v"}, "a": U8_16, "b": {**U8_16}}))

@@ -29,7 +29,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(SCHEME_NAMES),
     rows=st.integers(1, 50),
@@ -53,7 +53,7 @@ def test_round_trip(name: str, rows: int, cols: int, seed: int) -> None:
     assert floats_are_finite(packed.reshape(-1, scheme.tile_nbytes(cols)), scheme, cols)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
     tiles=st.integers(1, 3),

@@ -27,7 +27,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     hidden=st.integers(1, 150),
     intermediate=st.integers(1, 100),

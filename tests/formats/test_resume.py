@@ -71,7 +71,7 @@ def test_killed_between_records(tmp_path: Path, complete: bytes, count: int) -> 
     assert not (tmp_path / f"{LAYER}.part").exists()
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     count=st.integers(0, 3),
     part=st.integers(0, 20480) | st.sampled_from([4095, 4096, 8191, 8192, 16383, 16384]),
@@ -102,7 +102,7 @@ def test_killed_at_any_byte(
     assert go_on(folder) == (len(RECORDS), facts)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(at=st.integers(0, 16383), bit=st.integers(0, 7))
 def test_damage_in_the_partial_file(
     tmp_path_factory: pytest.TempPathFactory, complete: bytes, at: int, bit: int
@@ -283,7 +283,7 @@ def test_a_header_that_grows_is_not_written_over_the_data(tmp_path: Path) -> Non
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(cut=st.integers(0, 2000), seed=st.integers(0, 5))
 def test_whole_pack(tmp_path_factory: pytest.TempPathFactory, cut: int, seed: int) -> None:
     """Layers and trunk, the journal cut anywhere: the same files as in one go."""

@@ -126,7 +126,7 @@ def test_32_exchanged_records_of_one_size(pack: Path, manifest: Manifest) -> Non
     refused(IntegrityError, "layer 0, expert 0", lambda: verify_pack(pack))
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(st.data())
 def test_any_flipped_bit_is_found(original: tuple[Path, Manifest], data: st.DataObject) -> None:
     folder, manifest = original
@@ -143,7 +143,7 @@ def test_any_flipped_bit_is_found(original: tuple[Path, Manifest], data: st.Data
         flip(folder / name, at, bit)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_truncation_is_found(original: tuple[Path, Manifest], data: st.DataObject) -> None:
     folder, manifest = original

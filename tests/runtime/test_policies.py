@@ -62,7 +62,7 @@ def test_the_policies_of_the_issue_exist() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     operations=st.lists(st.tuples(st.sampled_from("dddrv"), st.sampled_from(ALL)), max_size=60),
     data=st.data(),
@@ -101,7 +101,7 @@ def test_any_sequence(name: str, operations: list[tuple[str, Key]], data: st.Dat
     assert policy.victim(every, None) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROUTING, st.integers(2, LAYERS * EXPERTS), st.sampled_from(SCOPES))
 def test_belady_is_never_beaten(chosen: list[list[list[int]]], slots: int, scope: str) -> None:
     simulator = Simulator(trace_of(chosen))
@@ -123,7 +123,7 @@ def test_more_slots_than_experts_miss_once(name: str, scope: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(ALL), max_size=60), st.sets(st.sampled_from(ALL), max_size=4))
 def test_pins_are_never_given_up(name: str, demands: list[Key], pins: set[Key]) -> None:
     policy = Pinned(get_policy(name)(), frozenset(pins))

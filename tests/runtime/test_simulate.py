@@ -117,7 +117,7 @@ def test_it_agrees_with_the_real_cache_that_guesses(
     assert outcome.bytes_read > 1.5 * without.bytes_read
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moepack_runtime import record_reader
@@ -32,7 +32,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(OPERATIONS, st.integers(0, 20), st.integers(1, 2), st.integers(1, 3))
 def test_any_sequence(
     operations: list[tuple[str, int, list[int]]], extra: int, sizes: int, threads: int
@@ -90,7 +90,7 @@ def test_any_sequence(
             assert stats.speculative_used <= stats.speculative_reads
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=40), st.integers(1, EXPERTS))
 @example([0, 0, 1, 2, 3], 4)
 def test_least_recently_used(demands: list[int], slots: int) -> None:

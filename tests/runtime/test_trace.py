@@ -67,7 +67,7 @@ def write(path: Path, windows: list[Routing], info: TraceInfo = INFO) -> Path:
     return path
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 99))
 def test_a_trace_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moepack.convert.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +43,6 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @given(st.lists(st.tuples(st.integers(-7, 7), st.integers(-7, 7)), max_size=3))
-@settings(deadline=None)
 def test_any_slice(stacked: Checkpoint, bounds: list[tuple[int, int]]) -> None:
     index = tuple(slice(low, high) for low, high in bounds)
     part = stacked.read("stack", index)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -221,7 +221,6 @@ def test_symmetric_zero_points_stored_as_they_are(bits: int) -> None:
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 150), st.integers(1, 3), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_bitstream(bits: int, count: int, columns: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (count, columns))
     unpacked = unpack_bits(pack(codes, bits), bits, count)
@@ -230,7 +229,6 @@ def test_bitstream(bits: int, count: int, columns: int, seed: int) -> None:
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_zero_points_less_one_in_whole_words(bits: int, seed: int) -> None:
     zeros = np.random.default_rng(seed).integers(0, 2**bits, (64, 2))
     words = pack(zeros, bits).T.contiguous()

@@ -123,7 +123,7 @@ def test_arrays_and_error(quantizer: Quantizer, scheme: Scheme) -> None:
 
 @every_pair
 @given(rows=st.integers(1, 20), cols=st.integers(1, 600), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_odd_shapes(quantizer: Quantizer, scheme: Scheme, rows: int, cols: int, seed: int) -> None:
     weight = normal(rows, cols, seed=seed)
     matrix = quantize_matrix(weight, scheme, quantizer)

@@ -24,7 +24,7 @@ def normal(rows: int, cols: int, seed: int = 0) -> Tensor:
     return torch.randn((rows, cols), generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 8), negative=st.booleans())
 def test_encoder_finds_the_nearest_level(seed: int, power: int, negative: bool) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -53,6 +53,9 @@ class Client:
             "HF_HOME": str(self.home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            # Requests that a test holds back, or a busy machine, are not given up.
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",
+            "HF_HUB_ETAG_TIMEOUT": "120",
             "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
             "OMP_NUM_THREADS": "1",
             **more,

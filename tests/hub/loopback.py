@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.commands import wait_for
 
 PIECE = 1 << 20
 
@@ -57,12 +60,40 @@ class Fault:
 
 
 class _Quiet(ThreadingHTTPServer):
-    """Clients that are killed are nothing to print about."""
+    """Clients that are killed are nothing to print about; counts the connections that are open."""
 
     daemon_threads = True
 
+    def __init__(self, *arguments: Any) -> None:
+        self._open, self._counting = 0, threading.Lock()
+        super().__init__(*arguments)
+
     def handle_error(self, *_: object) -> None:
         pass
+
+    def get_request(self) -> Any:
+        self._count(1)  # before it is accepted: a connection is waiting or counted, never neither
+        try:
+            return super().get_request()
+        except OSError:
+            self._count(-1)
+            raise
+
+    def process_request_thread(self, *arguments: Any) -> None:
+        try:
+            super().process_request_thread(*arguments)
+        finally:
+            self._count(-1)
+
+    def is_idle(self) -> bool:
+        """Whether no connection is open, or waits to be."""
+        waiting, _, _ = select.select([self.socket], [], [], 0)
+        with self._counting:
+            return not waiting and self._open == 0
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._open += change
 
 
 class Server:
@@ -84,6 +115,10 @@ class Server:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def drain(self) -> None:
+        """Wait until everything that clients which are gone had asked for is answered."""
+        wait_for(self._server.is_idle)
 
     def forget(self) -> None:
         """Start counting requests anew, without faults."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-import time
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -39,8 +39,7 @@ def killed_at(client: Client, skip: int, *arguments: object) -> None:
     process = client.start(*arguments)
     client.hub.faults = [Fault("", skip=skip, act=process.kill, drop_after=0)]
     process.communicate()
-    # Requests that were on their way may still be answered.
-    time.sleep(0.05)
+    client.hub.drain()  # requests that were on their way are still answered
     client.hub.faults.clear()
 
 
@@ -139,7 +138,9 @@ def test_interrupted(pack: Path, tmp_path: Path, mode: str, what: str) -> None:
 
         def interrupt() -> None:
             process.send_signal(signal.SIGINT)
-            time.sleep(1)  # the transfer is still under way when it arrives
+            # The transfer is still under way when it arrives, however late.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
 
         client.hub.faults = [Fault(path, method, skip=2, act=interrupt)]
         out, err = process.communicate(timeout=60)

@@ -64,7 +64,7 @@ def test_stdout_holds_the_text_alone(generate: Command) -> None:
     lines = plain.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("8 tokens, ")
-    verbose = generate("--prompt", PROMPT, "--greedy", "-v")
+    verbose = generate("--prompt", PROMPT, "--greedy", "-v", "--ram", "64GiB")  # all of it fits
     assert verbose.out == plain.out
     assert "records memory-mapped" in verbose.err
 

@@ -95,7 +95,8 @@ class _SignedGrid:
     def start_group(self, index: int, weights: Tensor, importance: Tensor) -> None:
         panel = SignedPanel(weights.t(), len(weights), self._levels, importance)
         code, outer = self._scales.codes[:, index], self._scales.spread_outer()[:, index]
-        self._scales.codes[:, index] = best_move(panel, code, outer, signed.QUICK.moves)
+        moved, _, _ = best_move(panel, code, outer, signed.QUICK.moves)
+        self._scales.codes[:, index] = moved
         self._scale = self._scales.values()[:, index]
 
     def round(self, column: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,9 @@ constexpr int kMaxTokens = 4;  // tokens that share one walk over a tile
 struct Panel {
   int8_t* q;     // [C / 32][T][32]
   float* step;   // [C / 32][T]
-  float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs
+  float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs, for schemes with minima
+  // [C / 16][T] for schemes of levels: two of Row::qlevel, which an instruction subtracts at once
+  int32_t* offset;
   int64_t tokens, group;
 };
 

@@ -51,6 +51,10 @@ __m256i four(const int8_t* x) {
 }
 __m256i product(__m256i codes, const int8_t* x) { return _mm256_maddubs_epi16(codes, four(x)); }
 
+// Keeps a compiler from summing in another order, for which it would need more registers than there
+// are and load codes and scales again for each token.
+MOEPACK_INLINE void in_order(__m256i& a, __m256i& b) { asm("" : "+x"(a), "+x"(b)); }
+
 // Adds step * products to 8 rows' sums of one token.
 MOEPACK_INLINE void add_to(float* at, bool begun, __m256 value, __m256 step) {
   _mm256_storeu_ps(at, begun ? _mm256_fmadd_ps(value, step, _mm256_loadu_ps(at))
@@ -86,13 +90,13 @@ void add_16(const __m256i* c, const __m256i* whole, const int8_t* q, const int32
   __m256i s0 = whole[0], s1 = whole[1];
   for (int64_t t = 0; t < count; ++t, q += kStepCols, sums += kTileRows) {
     __m256i x = four(q), a = _mm256_maddubs_epi16(c0, x), b = _mm256_maddubs_epi16(c4, x);
-    x = four(q + 4);
+    in_order(a, b), x = four(q + 4);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c1, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c5, x));
-    x = four(q + 8);
+    in_order(a, b), x = four(q + 8);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c2, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c6, x));
-    x = four(q + 12);
+    in_order(a, b), x = four(q + 12);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c3, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c7, x));
     if constexpr (LEVELS) {

@@ -68,14 +68,22 @@ void rows(const char* isa, int64_t size) {
 }
 
 // Two heads of queries a key, a window, a sink and a bound on scores.
-void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, bool sinks) {
+void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, bool sinks, bool half) {
   constexpr int64_t heads = 4, kv_heads = 2;
   int64_t capacity = tokens;
-  auto keys = random_floats(kv_heads * capacity * width);
-  auto values = random_floats(kv_heads * capacity * width);
+  // Bytes below 0x3C are finite halves.
+  auto cache = [&] {
+    std::vector<uint8_t> bytes(static_cast<size_t>(kv_heads * capacity * width * (half ? 2 : 4)));
+    for (uint8_t& b : bytes) b = static_cast<uint8_t>(generator() % 0x3C);
+    auto numbers = random_floats(kv_heads * capacity * width);
+    if (!half) std::memcpy(bytes.data(), numbers.data(), bytes.size());
+    return bytes;
+  };
+  auto keys = cache(), values = cache();
   auto query = random_floats(heads * width), key = random_floats(kv_heads * width);
   auto value = random_floats(kv_heads * width), sink = random_floats(heads);
-  moepack_kv kv{keys.data(), values.data(), kv_heads, width, width, capacity, tokens - 1};
+  moepack_kv kv{keys.data(), values.data(), kv_heads, width,
+                width,       capacity,      tokens - 1, half};
   moepack_step append{};
   append.op = MOEPACK_APPEND, append.extra = &kv;
   append.data[1] = key.data(), append.data[2] = value.data();
@@ -88,8 +96,50 @@ void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, b
   attend.stride[0][0] = attend.stride[1][0] = width, attend.stride[1][1] = attend.stride[3][0] = 1;
   attend.number[0] = heads, attend.number[1] = window;
   attend.scalar[0] = 0.3, attend.scalar[1] = sinks ? 5.0 : 0.0;
-  check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, "append", 0);
+  auto appended = [&] {
+    check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, "append", half);
+    return keys;
+  };
+  check(with_isa(isa, appended) == with_isa("portable", appended), isa, "what is appended", half);
   tape_step(isa, "attention", attend, out, 1e-5);
+  for (float large : {65520.0f, -INFINITY, std::nanf("")}) {
+    auto keys_before = keys, values_before = values;
+    value.back() = large;
+    int64_t done = moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2);
+    check(done == (half ? 0 : 1), isa, "what float16 cannot hold is the caller's", half);
+    check(!half || (keys == keys_before && values == values_before), isa, "nothing is written", half);
+  }
+}
+
+// Against the definition: the nearest of all halves, the even one of two as near.
+void halves(const char* isa) {
+  std::vector<float> all(0x7C00);
+  for (int bits = 0; bits < 0x7C00; ++bits) {
+    int exponent = bits >> 10, fraction = bits & 0x3FF;
+    all[static_cast<size_t>(bits)] = exponent == 0 ? std::ldexp(float(fraction), -24)
+                                                   : std::ldexp(float(1024 + fraction), exponent - 25);
+  }
+  std::vector<float> from;
+  std::vector<uint16_t> wanted;
+  for (size_t i = 0; i + 1 < all.size(); ++i) {
+    float middle = (all[i] + all[i + 1]) / 2;
+    auto below = static_cast<uint16_t>(i), above = static_cast<uint16_t>(i + 1);
+    from.insert(from.end(), {all[i], std::nextafter(middle, 0.0f), middle, std::nextafter(middle, 1e9f)});
+    wanted.insert(wanted.end(), {below, below, i % 2 ? above : below, above});
+  }
+  from.push_back(65519.9f), wanted.push_back(0x7BFF);
+  size_t positive = from.size();
+  for (size_t i = 0; i < positive; ++i)
+    from.push_back(-from[i]), wanted.push_back(wanted[i] | 0x8000);
+  int64_t width = static_cast<int64_t>(from.size());
+  std::vector<uint16_t> keys(from.size()), values(1);
+  moepack_kv kv{keys.data(), values.data(), 1, width, 1, 1, 0, 1};
+  moepack_step append{};
+  append.op = MOEPACK_APPEND, append.extra = &kv;
+  append.data[1] = append.data[2] = from.data(), append.stride[1][1] = append.stride[2][1] = 1;
+  moepack_set_isa(isa);
+  check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 1) == 1, isa, "append of halves", 0);
+  check(keys == wanted, isa, "halves are the nearest", 0);
 }
 
 // Three loops outside the last one, operands that lie apart or stay where they are.
@@ -195,7 +245,9 @@ void tape(const char* isa) {
   for (int64_t size : {1, 7, 16, 40, 333}) rows(isa, size);
   for (int64_t width : {5, 24, 32, 128})
     for (int64_t tokens : {1, 19})
-      for (bool sinks : {false, true}) attention(isa, width, tokens, sinks ? 6 : 0, sinks);
+      for (bool sinks : {false, true})
+        for (bool half : {false, true}) attention(isa, width, tokens, sinks ? 6 : 0, sinks, half);
+  halves(isa);
   loops(isa);
   topk(isa);
   for (int32_t scheme = 0; scheme < moepack::kSchemes; ++scheme) {

@@ -89,9 +89,9 @@ class _Buffers:
 class GrowingLayer(DynamicLayer):
     """A full-attention cache layer over a buffer.
 
-    ``keys`` and ``values`` are views of what is filled, or float32 copies of it. A played token only
-    moves the end; they are made when somebody looks. Code of transformers' may also put others in
-    their place.
+    ``keys`` and ``values`` are views of what is filled, or float32 copies of it, made when somebody
+    looks: a played token only moves the end. Code of transformers' may also put others in their
+    place.
 
     Attributes:
         half: Whether float16 may be kept.

@@ -111,49 +111,46 @@ void embed(const moepack_step& s) {
   std::memcpy(s.data[0], rows.data() + id % kTileRows * cols, static_cast<size_t>(cols) * 4);
 }
 
-// False where float16 cannot hold what comes.
+// False where float16 cannot hold what comes: all is converted before anything is written.
 bool append(const moepack_step& s) {
+  struct Part {
+    void* cache;
+    int operand;
+    int64_t width;
+  };
   const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
+  const Part parts[] = {{kv.keys, 1, kv.key_width}, {kv.values, 2, kv.value_width}};
   static thread_local std::vector<float> row;
   static thread_local std::vector<uint16_t> halves;
-  halves.clear();
-  auto each_head = [&](int operand, int64_t width, auto put) {
-    row.resize(static_cast<size_t>(width));
-    for (int64_t h = 0; h < kv.heads; ++h) {
-      const float* from = floats(s, operand) + h * s.stride[operand][0];
-      for (int64_t i = 0; i < width; ++i)
-        row[static_cast<size_t>(i)] = from[i * s.stride[operand][1]];
-      if (!put((h * kv.capacity + kv.end) * width)) return false;
-    }
-    return true;
-  };
-  auto put = [&](void* cache, int operand, int64_t width) {
-    each_head(operand, width, [&](int64_t at) {
-      std::copy(row.begin(), row.end(), static_cast<float*>(cache) + at);
-      return true;
-    });
-  };
-  // All is converted before anything is written.
-  auto convert = [&](int operand, int64_t width) {
-    return each_head(operand, width, [&](int64_t) {
-      size_t end = halves.size();
-      halves.resize(end + static_cast<size_t>(width));
-      return kernels().to_half(row.data(), width, halves.data() + end);
-    });
-  };
-  const uint16_t* from = nullptr;
-  auto put_halves = [&](void* cache, int64_t width) {
-    for (int64_t h = 0; h < kv.heads; ++h, from += width)
-      std::copy(from, from + width,
-                static_cast<uint16_t*>(cache) + (h * kv.capacity + kv.end) * width);
+  // use(part, place in its cache) for each head, whose numbers are in `row`.
+  auto each_row = [&](auto use) {
+    for (const Part& part : parts)
+      for (int64_t h = 0; h < kv.heads; ++h) {
+        const float* from = floats(s, part.operand) + h * s.stride[part.operand][0];
+        row.resize(static_cast<size_t>(part.width));
+        for (int64_t i = 0; i < part.width; ++i)
+          row[static_cast<size_t>(i)] = from[i * s.stride[part.operand][1]];
+        use(part, (h * kv.capacity + kv.end) * part.width);
+      }
   };
   if (!kv.half) {
-    put(kv.keys, 1, kv.key_width), put(kv.values, 2, kv.value_width);
+    each_row([&](const Part& part, int64_t at) {
+      std::copy(row.begin(), row.end(), static_cast<float*>(part.cache) + at);
+    });
     return true;
   }
-  if (!convert(1, kv.key_width) || !convert(2, kv.value_width)) return false;
-  from = halves.data();
-  put_halves(kv.keys, kv.key_width), put_halves(kv.values, kv.value_width);
+  bool fits = true;
+  halves.clear();
+  each_row([&](const Part& part, int64_t) {
+    halves.resize(halves.size() + row.size());
+    fits &= kernels().to_half(row.data(), part.width, halves.data() + halves.size() - row.size());
+  });
+  if (!fits) return false;
+  const uint16_t* from = halves.data();
+  each_row([&](const Part& part, int64_t at) {
+    std::copy(from, from + part.width, static_cast<uint16_t*>(part.cache) + at);
+    from += part.width;
+  });
   return true;
 }
 

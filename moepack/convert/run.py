@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from moepack_formats.manifest import (
 )
 from moepack_formats.matrix import pack_matrix
 from moepack_formats.pack import read_manifest
-from moepack_formats.record import Part, RecordSpec, pack_record
+from moepack_formats.record import Part, pack_record
 from moepack_formats.schemes import get_scheme
 from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
@@ -48,8 +47,9 @@ from .calibrated import (
     needs_products,
     text_digest,
 )
-from .calibration import Calibration, ExpertInputs
+from .calibration import Calibration
 from .model_files import write_model_files
+from .one_ahead import one_ahead
 from .options import scheme_of_bits
 from .output_folder import (
     STAGE_NAME,
@@ -61,8 +61,6 @@ from .output_folder import (
     old_files,
 )
 from .plan import ConversionPlan, TrunkTensor
-
-T = TypeVar("T")
 
 _SMALL_FILES_NBYTES = 64_000_000
 """Room for tokenizer, config and headers when the disk's space is checked."""
@@ -218,30 +216,28 @@ class _Conversion:
         return LayerEntry(layer.index, layer.module, layer.num_experts, tuple(names))
 
     def _records(self, layer: LayerPlan, experts: Sequence[int]) -> Iterator[tuple[int, Bytes]]:
+        """Records in order. One expert is read, one quantized and one packed at the same time."""
         adapter = self.plan.adapters[layer.index]
-        parts = _read_ahead(experts, lambda e: self.plan.mapping.experts(adapter, e))
-        for expert, tensors in parts:
-            spec = layer.specs[layer.spec_of[expert]]
-            inputs = None
-            if self.calibration is not None:
-                inputs = self.calibration.expert(
-                    layer.index, expert, tensors, adapter, full=needs_products(self.quantizer)
-                )
-            where = f"{adapter.name}, expert {expert}"
-            yield expert, self._record(spec, tensors, where, inputs)
+        read = one_ahead((e, self.plan.mapping.experts(adapter, e)) for e in experts)
+        quantized = one_ahead(
+            (e, layer.specs[layer.spec_of[e]], self._parts(layer, e, tensors))
+            for e, tensors in read
+        )
+        for expert, spec, parts in quantized:
+            yield expert, pack_record(spec, parts)
 
-    def _record(
-        self,
-        spec: RecordSpec,
-        tensors: dict[str, Tensor],
-        where: str,
-        inputs: ExpertInputs | None,
-    ) -> Bytes:
+    def _parts(self, layer: LayerPlan, expert: int, tensors: dict[str, Tensor]) -> dict[str, Part]:
+        adapter, spec = self.plan.adapters[layer.index], layer.specs[layer.spec_of[expert]]
+        inputs = None
+        if self.calibration is not None:
+            inputs = self.calibration.expert(
+                layer.index, expert, tensors, adapter, full=needs_products(self.quantizer)
+            )
         first = "gate_up" if "gate" in tensors else "up"
         schemes = {"down": "down", "gate": first, "up": first}
         parts: dict[str, Part] = {}
         for name, tensor in tensors.items():
-            place = f"{where}, {name}"
+            place = f"{adapter.name}, expert {expert}, {name}"
             if name.endswith("_bias"):
                 _check_finite(tensor, place)
                 parts[name] = tensor.float().numpy()
@@ -255,7 +251,7 @@ class _Conversion:
                 where=place,
                 inputs=None if inputs is None else inputs.of(name),
             )
-        return pack_record(spec, parts)
+        return parts
 
     def _trunk(self) -> None:
         shards = _shards(self.plan.trunk, self.plan.options.max_file_nbytes)
@@ -340,17 +336,6 @@ class _Conversion:
             trunk=dict(sorted(self.trunk_digests.items())),
             files=dict(sorted(self.files.items())),
         )
-
-
-def _read_ahead(keys: Sequence[int], load: Callable[[int], T]) -> Iterator[tuple[int, T]]:
-    """Load one item while the one before it is worked on; never more than two are alive."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead: Future[T] | None = pool.submit(load, keys[0]) if keys else None
-        for i, key in enumerate(keys):
-            assert ahead is not None  # submitted in the round before
-            item = ahead.result()
-            ahead = pool.submit(load, keys[i + 1]) if i + 1 < len(keys) else None
-            yield key, item
 
 
 def _shards(trunk: Sequence[TrunkTensor], max_nbytes: int) -> list[_Shard]:

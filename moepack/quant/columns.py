@@ -14,7 +14,7 @@ from moepack_formats.schemes import Scheme
 
 from . import hqq, signed
 from .grid import GroupedRows, Panel, invert
-from .signed import Encoder, SignedPanel, SignedRows, best_move
+from .signed import SignedPanel, SignedRows, best_move
 from .storage import Stored
 from .superscale import NEIGHBOURS, best_neighbour
 from .walk import Fit
@@ -89,18 +89,22 @@ class _GridWithMinima:
 class _SignedGrid:
     def __init__(self, scheme: Scheme, scales: Stored) -> None:
         self._levels, self._scales = scheme.levels, scales
-        self._encoder = Encoder(self._levels, scales.codes.shape[:1])
         self._table = torch.tensor(self._levels, dtype=torch.float32)
+        self._middles = (self._table[:-1] + self._table[1:]) / 2
 
     def start_group(self, index: int, weights: Tensor, importance: Tensor) -> None:
         panel = SignedPanel(weights.t(), len(weights), self._levels, importance)
         code, outer = self._scales.codes[:, index], self._scales.spread_outer()[:, index]
-        self._scales.codes[:, index] = best_move(panel, code, outer, signed.QUICK.moves)
+        moved, _, _ = best_move(panel, code, outer, signed.QUICK.moves)
+        self._scales.codes[:, index] = moved
         self._scale = self._scales.values()[:, index]
+        self._inverse, self._present = signed.invert(self._scale), (self._scale != 0).long()
 
     def round(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        code = self._encoder.codes(column, self._scale)
-        return code, self._table[code.long()] * self._scale
+        # Of a single column, starting an operation takes longer than its work: not ``Encoder``.
+        code = torch.bucketize(column * self._inverse, self._middles, right=True)
+        code.mul_(self._present)
+        return code, self._table[code] * self._scale
 
     def fit(self) -> Fit:
         return self._scales, None

@@ -120,15 +120,17 @@ def _span(
     """
     grid = span_grid(block, scheme, importance)
     errors = torch.empty_like(block)
+    by_column = torch.empty(block.shape, dtype=torch.uint8)
     for index, start in enumerate(range(0, len(block), scheme.group)):
         cols = slice(start, min(start + scheme.group, len(block)))
         grid.start_group(index, block[cols], importance[cols])
         for i in range(start, cols.stop):
             code, value = grid.round(block[i])
-            codes[:, i] = code
+            by_column[i] = code
             errors[i] = (block[i] - value).div_(upper[i, i])
             block[i + 1 : cols.stop] -= upper[i, i + 1 : cols.stop, None] * errors[i]
         block[cols.stop :] -= upper[cols, cols.stop :].t() @ errors[cols]
+    codes.copy_(by_column.t())
     return grid.fit(), errors
 
 

@@ -76,10 +76,12 @@ class Panel:
         self.emphasis = torch.ones(())
         if importance is not None:
             grouped = importance.reshape(-1, group).t()  # [g, G] or [g, N]
+            grouped = grouped.clone(memory_format=torch.contiguous_format)
             emphasis = grouped.mean(dim=0)
+            grouped /= emphasis
             repeats = by_group.shape[1] // len(emphasis)
             self.emphasis = emphasis.repeat(repeats)
-            self.measure = (grouped / emphasis).repeat(1, repeats)
+            self.measure = grouped if repeats == 1 else grouped.repeat(1, repeats)
         self._scaled = torch.empty_like(self.weights)
         self.codes = torch.empty_like(self.weights)
         self._product = torch.empty_like(self.weights)
@@ -125,8 +127,8 @@ class Panel:
 
     def squared_steps(self, zero: Tensor, top: int) -> Tensor:
         """Encode, and sum ``[N]`` the squared errors, in steps."""
-        self.encode(zero, top)
-        residual = torch.sub(self._scaled, self.codes, out=self._product).add_(zero)
+        wanted = torch.add(self._scaled, zero, out=self._product)
+        residual = wanted.sub_(torch.round(wanted, out=self.codes).clamp_(0, top))
         return self._sum_product(residual, residual)
 
     def total(self, values: Tensor) -> Tensor:

@@ -221,8 +221,8 @@ def solve(
     scales = store_scales(scheme, free, squares, effort.shares)
     for turn in range(effort.rounds):
         last = turn == effort.rounds - 1
-        scales = _move(rows, scales, effort.moves)
-        scales = _refit_outer(rows, scheme, scales, full_size=full_size and last)
+        scales, qw, qq = _move(rows, scales, effort.moves)
+        scales = _refit_outer(rows, scheme, scales, qw, qq, full_size=full_size and last)
     return scales
 
 
@@ -285,46 +285,61 @@ def _round(scales: Tensor, outer: Tensor) -> Tensor:
     return (scales / outer).nan_to_num_(nan=0.0).round_().clamp_(LOWEST, HIGHEST)
 
 
-def _move(rows: SignedRows, scales: Stored, moves: Sequence[int]) -> Stored:
-    """Stored scales moved to the best near them, group by group."""
+def _move(rows: SignedRows, scales: Stored, moves: Sequence[int]) -> tuple[Stored, Tensor, Tensor]:
+    """Stored scales moved to the best near them, group by group, and their moments ``[R, G]``."""
     parts = zip(
         rows.panels, rows.split(scales.codes), rows.split(scales.spread_outer()), strict=True
     )
-    return replace(scales, codes=rows.join([best_move(*part, moves) for part in parts]))
+    found = [best_move(*part, moves) for part in parts]
+    codes, qw, qq = (rows.join([part[i] for part in found]) for i in range(3))
+    return replace(scales, codes=codes), qw, qq
 
 
-def best_move(panel: SignedPanel, code: Tensor, outer: Tensor, moves: Sequence[int]) -> Tensor:
-    """The stored scales ``[N]`` with the least squared error.
+def best_move(
+    panel: SignedPanel, code: Tensor, outer: Tensor, moves: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stored scales with the least squared error, and the moments that they give.
 
     Args:
         panel: The groups.
         code: ``[N]`` stored scales at present.
         outer: ``[N]`` super-scales.
         moves: Moves to try, the first being 0.
+
+    Returns:
+        ``[N]`` stored scales, and both sums of ``SignedPanel.moments``.
     """
-    best_code, best = code.clone(), None
+    best: tuple[Tensor, Tensor, Tensor] | None = None
     for move in moves:
         tried = (code + move).clamp_(LOWEST, HIGHEST)
         scale = tried * outer
         qw, qq = panel.moments(scale)
         lost = scale * (scale * qq - 2 * qw)
         if best is None:
-            best = lost
+            best, least = (tried, qw, qq), lost
         else:
-            take_better(best, lost, (best_code, tried))
-    return best_code
+            take_better(least, lost, *zip(best, (tried, qw, qq), strict=True))
+    if best is None:
+        raise ValueError("no moves to try")
+    return best
 
 
-def _refit_outer(rows: SignedRows, scheme: Scheme, scales: Stored, *, full_size: bool) -> Stored:
-    """Super-scales by least squares, codes and stored scales fixed; stretched at full size."""
+def _refit_outer(
+    rows: SignedRows, scheme: Scheme, scales: Stored, qw: Tensor, qq: Tensor, *, full_size: bool
+) -> Stored:
+    """Super-scales by least squares, codes and stored scales fixed; stretched at full size.
+
+    Args:
+        rows: The weights.
+        scheme: A scheme with 5-bit scales.
+        scales: As stored so far.
+        qw: ``[R, G]`` sums of level times weight at these scales.
+        qq: ``[R, G]`` sums of the squares of levels.
+        full_size: Stretch the values to the size of the weights.
+    """
     outer = scales.outer
     if outer is None:
         raise ValueError("5-bit scales lie under an outer factor")
-    sums = [
-        panel.moments(scale)
-        for panel, scale in zip(rows.panels, rows.split(scales.values()), strict=True)
-    ]
-    qw, qq = rows.join([part[0] for part in sums]), rows.join([part[1] for part in sums])
     wx = by_super(scales.codes * qw, scheme).sum(dim=0)  # [M]
     xx = by_super(scales.codes.square() * qq, scheme).sum(dim=0)
     fitted = wx / xx.clamp(min=_SMALLEST_SUM)

@@ -34,8 +34,10 @@ SHARES = (1.0, 1.03, 0.97, 0.94, 0.9, 0.86, 0.8)
 """Super-scales to try, as shares of the smallest that does not clip the largest scale."""
 ANCHOR_TURNS = 3
 Neighbours = Sequence[tuple[int, tuple[int, ...]]]
-NEIGHBOURS: Neighbours = ((0, (0, -1, 1)), (-1, (0, -1, 1)), (1, (0, -1, 1)))
-"""Moves of a scale's code, each with moves of the minimum's, to try. Staying wins a tie."""
+NEIGHBOURS: Neighbours = ((0, (0, -1, 1)), (-1, (0, -1)), (1, (0, 1)))
+"""Moves of a scale's code, each with moves of the minimum's, to try. Staying wins a tie.
+
+A larger step seldom goes with a smaller minimum: both stand for the width of the group."""
 _CONDITION = 1e-5
 
 

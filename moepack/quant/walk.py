@@ -152,6 +152,7 @@ def _start_workers(count: int, threads: int) -> ThreadPoolExecutor:
 
     def prepare() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # Or the first operation would take up the number set last.
         ready.wait()
 
     pool = ThreadPoolExecutor(count, "moepack-quantize", initializer=prepare)

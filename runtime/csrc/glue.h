@@ -129,6 +129,61 @@ template <class V> void add_scaled(const float* a, float scale, float* out, int6
   for (; i < n; ++i) out[i] += scale * a[i];
 }
 
+template <class V> MOEPACK_INLINE typename V::Floats load_16_halves(const uint16_t* p) {
+  return V::load_f16(reinterpret_cast<const uint8_t*>(p));
+}
+// Up to 16 of them; zero is what is missing.
+template <class V> MOEPACK_INLINE void last_halves(const uint16_t* p, int64_t n, float* out) {
+  uint16_t padded[kLanes] = {};
+  memcpy(padded, p, static_cast<size_t>(n) * 2);
+  V::store(out, load_16_halves<V>(padded));
+}
+
+template <class V> float dot_half(const float* a, const uint16_t* b, int64_t n) {
+  typename V::Floats sums[2] = {V::zero(), V::zero()};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int h = 0; h < 2; ++h)
+      sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_16_halves<V>(b + i + h * kLanes),
+                       sums[h]);
+  float lanes[kLanes], values[kLanes];
+  V::store(lanes, V::add(sums[0], sums[1]));
+  for (; i < n; i += kLanes) {
+    int64_t count = n - i < kLanes ? n - i : kLanes;
+    last_halves<V>(b + i, count, values);
+    for (int64_t j = 0; j < count; ++j) lanes[j] += a[i + j] * values[j];
+  }
+  return add_lanes(lanes);
+}
+
+template <class V> void add_scaled_half(const uint16_t* a, float scale, float* out, int64_t n) {
+  typename V::Floats s = V::set(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    V::store(out + i, V::fma(load_16_halves<V>(a + i), s, load_floats<V>(out + i)));
+  if (i == n) return;
+  float values[kLanes];
+  last_halves<V>(a + i, n - i, values);
+  for (int64_t j = 0; i + j < n; ++j) out[i + j] += scale * values[j];
+}
+
+// Rounds to nearest, ties to even. 65520 is the first number that would become infinity.
+bool to_half(const float* a, int64_t n, uint16_t* out) {
+  int32_t fits = 1;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    // Unsigned, as numbers that do not fit may wrap around.
+    uint32_t bits = static_cast<uint32_t>(float_bits(a[i])), size = bits & 0x7FFFFFFF;
+    fits &= size < 0x477FF000;
+    uint32_t normal = (size + 0xFFF + (size >> 13 & 1) - (112u << 23)) >> 13;
+    // Below 2^-14: adding 0.5 leaves the number in units of 2^-24.
+    float low = bits_float(static_cast<int32_t>(size)) + 0.5f;
+    uint32_t small = static_cast<uint32_t>(float_bits(low)) - 0x3F000000;
+    out[i] = static_cast<uint16_t>((size < 0x38800000 ? small : normal) | (bits >> 16 & 0x8000));
+  }
+  return fits != 0;
+}
+
 void softmax(const float* a, int64_t n, float* out) {
   float most = a[0];
   for (int64_t i = 1; i < n; ++i) most = a[i] > most || a[i] != a[i] ? a[i] : most;

@@ -48,6 +48,10 @@ class Inputs {
     panel_.tokens = tokens, panel_.group = std::min(kFormats[scheme].group, kBlockCols);
     panel_.q = scratch.take<int8_t>(steps * tokens * kStepCols);
     panel_.step = scratch.take<float>(steps * tokens);
+    if (kFormats[scheme].levels()) {
+      panel_.offset = scratch.take<int32_t>(2 * steps * tokens);
+      return;
+    }
     panel_.sums = scratch.take<float>(sums(tokens, cols));
     // Blocks that the last super-block lacks are never filled.
     int64_t last = sums(tokens, 1);
@@ -57,8 +61,9 @@ class Inputs {
     if (!in_panel(scheme, int8, floats, tokens))
       return Scratch::rounded(tokens * static_cast<int64_t>(sizeof(Row))) + tokens * row_nbytes(cols);
     int64_t padded = ceil_div(cols, kBlockCols) * kBlockCols;
+    int64_t groups = kFormats[scheme].levels() ? padded / 16 : ceil_div(cols, kSuperCols) * 16;
     return Scratch::rounded(tokens * padded) + Scratch::rounded(tokens * padded / kStepCols * 4) +
-           Scratch::rounded(tokens * ceil_div(cols, kSuperCols) * (kSuperCols / 16) * 4);
+           Scratch::rounded(tokens * groups * 4);
   }
 
   // Fills one block of a token from up to 64 values; what is missing is zero.
@@ -125,7 +130,11 @@ class Inputs {
       int64_t at = (2 * block + half) * panel_.tokens + token;
       std::memcpy(panel_.q + at * kStepCols, q + half * kStepCols, kStepCols);
       panel_.step[at] = step[half];
+      for (int64_t g = 0; g < 2 && panel_.offset; ++g)
+        std::memcpy(panel_.offset + (2 * (2 * block + half) + g) * panel_.tokens + token,
+                    qlevel + 4 * half + 2 * g, sizeof *panel_.offset);
     }
+    if (panel_.offset) return;
     constexpr int64_t blocks = kSuperCols / kBlockCols;
     int64_t groups = kBlockCols / panel_.group, each = panel_.group / 16;
     float* sums = panel_.sums +

@@ -28,7 +28,9 @@ constexpr int kMaxTokens = 4;  // tokens that share one walk over a tile
 struct Panel {
   int8_t* q;     // [C / 32][T][32]
   float* step;   // [C / 32][T]
-  float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs
+  float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs, for schemes with minima
+  // [C / 16][T] for schemes of levels: two of Row::qlevel, which an instruction subtracts at once
+  int32_t* offset;
   int64_t tokens, group;
 };
 
@@ -69,10 +71,14 @@ struct Kernels {
   void (*binary)(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out,
                  int64_t so, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
+  float (*dot_half)(const float* a, const uint16_t* b, int64_t n);  // b: float16
   float (*sum)(const float* a, int64_t n);
   void (*softmax)(const float* a, int64_t n, float* out);
   // out[n] += scale * a[n]
   void (*add_scaled)(const float* a, float scale, float* out, int64_t n);
+  void (*add_scaled_half)(const uint16_t* a, float scale, float* out, int64_t n);
+  // To float16. False where a number is none or too large, and `out` is worth nothing then.
+  bool (*to_half)(const float* a, int64_t n, uint16_t* out);
 };
 
 extern const Kernels kPortable;

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 3
+#define MOEPACK_ABI 4
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -84,7 +84,7 @@ enum {
   MOEPACK_DENSE,     /* out[M,N] = a[M,K] b[N,K]^T + c[N]; number M, N, K; stride[.][0] of rows */
   MOEPACK_PACKED,    /* out = packed linear of a; number scheme, nbytes, rows, cols; c the bias */
   MOEPACK_EMBED,     /* out = row *a (int64) of a matrix b; number scheme, nbytes, rows, cols */
-  MOEPACK_APPEND,    /* key a and value b to the cache `extra`, at its end */
+  MOEPACK_APPEND,    /* key a and value b to the cache `extra`, at its end; see moepack_tape_run */
   MOEPACK_ATTEND,    /* out[heads, width] from queries a[heads, width]; number heads, scalar scale */
   MOEPACK_EXPERTS,   /* out[H] = experts of a[H], indices b int64 [K], weights c[K]; extra: see below */
   MOEPACK_STEPS
@@ -100,10 +100,12 @@ typedef struct {
   void* extra;
 } moepack_step;
 
-/* Keys and values of one layer: [heads, capacity, width]. The token being computed goes to `end`. */
+/* Keys and values of one layer: [heads, capacity, width], float32 or, with `half`, float16. The token
+ * being computed goes to `end`. */
 typedef struct {
-  float *keys, *values;
+  void *keys, *values;
   int64_t heads, key_width, value_width, capacity, end;
+  int32_t half;
 } moepack_kv;
 
 /* The experts of one layer. A record that is NULL is not at hand: its step is the caller's. */
@@ -117,7 +119,8 @@ typedef struct {
 } moepack_experts_layer;
 
 /* Runs steps[begin], ... and returns the index of the first that it did not do: `end`, a
- * MOEPACK_PYTHON step, or a MOEPACK_EXPERTS step that lacks a record; -1 for bad arguments. */
+ * MOEPACK_PYTHON step, a MOEPACK_EXPERTS step that lacks a record, or a MOEPACK_APPEND step with
+ * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
                                      int32_t mode, int32_t threads);
 

@@ -51,6 +51,10 @@ __m256i four(const int8_t* x) {
 }
 __m256i product(__m256i codes, const int8_t* x) { return _mm256_maddubs_epi16(codes, four(x)); }
 
+// Keeps a compiler from summing in another order, for which it would need more registers than there
+// are and load codes and scales again for each token.
+MOEPACK_INLINE void in_order(__m256i& a, __m256i& b) { asm("" : "+x"(a), "+x"(b)); }
+
 // Adds step * products to 8 rows' sums of one token.
 MOEPACK_INLINE void add_to(float* at, bool begun, __m256 value, __m256 step) {
   _mm256_storeu_ps(at, begun ? _mm256_fmadd_ps(value, step, _mm256_loadu_ps(at))
@@ -77,40 +81,65 @@ void add_32(const __m256i* c, __m256i whole, __m256 scale, const int8_t* q, cons
 }
 
 // The same for 16 inputs of 16 rows, half of the inputs under a step: c[4 * half of the rows + quad].
-// Levels reach 4 * 2 * 31 * 127 = 31496.
-template <bool BEGUN>
-void add_16(const __m256i* c, const __m256i* whole, const int8_t* q, const float* step, int64_t count,
-            float* sums) {
+// Levels reach 4 * 2 * 31 * 127 = 31496. What they are above what they stand for is taken off again
+// while sums are whole: offset[t] holds it for the two sums of a row's 32 bits.
+template <bool LEVELS, bool BEGUN>
+void add_16(const __m256i* c, const __m256i* whole, const int8_t* q, const int32_t* offset,
+            const float* step, int64_t count, float* sums) {
   __m256i c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], c5 = c[5], c6 = c[6], c7 = c[7];
   __m256i s0 = whole[0], s1 = whole[1];
   for (int64_t t = 0; t < count; ++t, q += kStepCols, sums += kTileRows) {
     __m256i x = four(q), a = _mm256_maddubs_epi16(c0, x), b = _mm256_maddubs_epi16(c4, x);
-    x = four(q + 4);
+    in_order(a, b), x = four(q + 4);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c1, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c5, x));
-    x = four(q + 8);
+    in_order(a, b), x = four(q + 8);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c2, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c6, x));
-    x = four(q + 12);
+    in_order(a, b), x = four(q + 12);
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(c3, x));
     b = _mm256_add_epi16(b, _mm256_maddubs_epi16(c7, x));
+    if constexpr (LEVELS) {
+      x = _mm256_set1_epi32(offset[t]);
+      a = _mm256_sub_epi16(a, x), b = _mm256_sub_epi16(b, x);
+    }
     __m256 each = _mm256_set1_ps(step[t]);
     add_to(sums, BEGUN, _mm256_cvtepi32_ps(_mm256_madd_epi16(a, s0)), each);
     add_to(sums + kRows, BEGUN, _mm256_cvtepi32_ps(_mm256_madd_epi16(b, s1)), each);
   }
 }
 
-// y[t] += outer * sums[t] - minima x x[t], for GROUPS groups of 8 rows.
+// y[t] += outer * sums[t] - minima x x[t], for GROUPS groups and N tokens, which share the loads.
+template <int GROUPS, int N>
+MOEPACK_INLINE void finish(const float* sums, const __m256* outer, const float (*minima)[kTileRows],
+                           const float* x, float* y, int64_t stride, bool begun) {
+  __m256 low[N][2];
+  for (int n = 0; n < N; ++n) low[n][0] = low[n][1] = _mm256_setzero_ps();
+  for (int g = 0; g < GROUPS; ++g)
+    for (int n = 0; n < N; ++n) {
+      __m256 each = _mm256_set1_ps(x[n * GROUPS + g]);
+      for (int i = 0; i < 2; ++i)
+        low[n][i] = _mm256_fmadd_ps(each, _mm256_load_ps(minima[g] + kRows * i), low[n][i]);
+    }
+  for (int n = 0; n < N; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const float* of_rows = sums + n * kTileRows + kRows * i;
+      __m256 sum = _mm256_fmsub_ps(_mm256_loadu_ps(of_rows), outer[i], low[n][i]);
+      float* to = y + n * stride + kRows * i;
+      _mm256_storeu_ps(to, begun ? _mm256_add_ps(_mm256_loadu_ps(to), sum) : sum);
+    }
+}
 template <int GROUPS>
-void finish(const float* sums, __m256 outer, const float (*minima)[kTileRows], const float* x,
-            int64_t count, float* y, int64_t stride, bool begun) {
-  for (int64_t t = 0; t < count; ++t, sums += kTileRows, x += GROUPS, y += stride) {
-    __m256 low[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int g = 0; g < GROUPS; ++g)
-      low[g % 2] = _mm256_fmadd_ps(_mm256_set1_ps(x[g]), _mm256_loadu_ps(minima[g]), low[g % 2]);
-    __m256 sum = _mm256_fmsub_ps(_mm256_loadu_ps(sums), outer, _mm256_add_ps(low[0], low[1]));
-    _mm256_storeu_ps(y, begun ? _mm256_add_ps(_mm256_loadu_ps(y), sum) : sum);
-  }
+void finish_all(const float* sums, const __m256* outer, const float (*minima)[kTileRows],
+                const float* x, int64_t count, float* y, int64_t stride, bool begun) {
+  constexpr int together = 4;
+  int64_t t = 0;
+  for (; t + together <= count; t += together)
+    finish<GROUPS, together>(sums + t * kTileRows, outer, minima, x + t * GROUPS, y + t * stride,
+                             stride, begun);
+  for (; t < count; ++t)
+    finish<GROUPS, 1>(sums + t * kTileRows, outer, minima, x + t * GROUPS, y + t * stride, stride,
+                      begun);
 }
 
 __m256 halves(const uint8_t* p) {
@@ -141,16 +170,13 @@ __m256i levels_of(__m256i codes) {
   return _mm256_shuffle_epi8(_mm256_set1_epi64x(table), codes);
 }
 
-// The same for signed scales of five bits, see load_signed in tile.h. Codes stand for levels above
-// kLevelOffset, which is `offset` times as much of a scale as a minimum is.
-__m256i signed_scales(const uint8_t* four, bool upper, const uint8_t* fifths, int64_t bit,
-                      __m256 offset, float* minima) {
+// The same for signed scales of five bits, which have no minima; see load_signed in tile.h.
+__m256i signed_scales(const uint8_t* four, bool upper, const uint8_t* fifths, int64_t bit) {
   __m256i low = words(four, false), fifth = words(fifths, false);
   low = _mm256_and_si256(_mm256_srli_epi32(low, upper ? 4 : 0), _mm256_set1_epi32(15));
   fifth = _mm256_srl_epi32(fifth, _mm_cvtsi64_si128(bit));
   fifth = _mm256_slli_epi32(_mm256_and_si256(fifth, _mm256_set1_epi32(1)), 4);
   __m256i scale = _mm256_sub_epi32(low, fifth);
-  _mm256_store_ps(minima, _mm256_mul_ps(_mm256_cvtepi32_ps(scale), offset));
   return _mm256_blend_epi16(scale, _mm256_slli_epi32(scale, 16), 0xAA);
 }
 
@@ -168,16 +194,14 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
   w += F.head_nbytes();
   for (int64_t super = 0; super * supers < blocks; ++super) {
     int64_t here = blocks - super * supers < supers ? blocks - super * supers : supers;
-    if (here < supers) memset(minima, 0, sizeof minima);
+    if (!F.levels() && here < supers) memset(minima, 0, sizeof minima);
     if (F.super_nbytes() > 0) head = w, w += F.super_nbytes();
     __m256 outer[2], outer_low[2];
     for (int i = 0; i < 2; ++i) {
       outer[i] = outer_low[i] = _mm256_set1_ps(1.0f);
       if constexpr (F.scale_bits == 4)
         outer[i] = halves(head + 16 * i), outer_low[i] = halves(head + 2 * kTileRows + 16 * i);
-      if constexpr (F.levels())
-        outer[i] = halves(head + 16 * i),
-        outer_low[i] = _mm256_mul_ps(outer[i], _mm256_set1_ps(kLevelOffset));
+      if constexpr (F.levels()) outer[i] = halves(head + 16 * i);
       if constexpr (F.scale_bits == 8)
         outer[i] = floats(head + 32 * i), outer_low[i] = floats(head + 4 * kTileRows + 32 * i);
     }
@@ -202,8 +226,7 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
               int64_t row = kRows * i;
               if constexpr (F.levels())
                 scale[i] = signed_scales(metadata + half * kTileRows + row, g == 1,
-                                         head + (2 + number / 8) * kTileRows + row, number % 8,
-                                         outer_low[i], minima[number] + row);
+                                         head + (2 + number / 8) * kTileRows + row, number % 8);
               else
                 scale[i] = whole_scales<F.scale_bits>(metadata + (2 * half + g) * stored + row,
                                                       outer_low[i], minima[number] + row);
@@ -212,7 +235,9 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
                 c[4 * i + quad] = F.levels() ? levels_of(codes) : codes;
               }
             }
-            (begun || g > 0 ? add_16<true> : add_16<false>)(c, scale, q + 16 * g, step, count, sums);
+            const int32_t* offset = F.levels() ? x.offset + 2 * at + g * x.tokens - first : nullptr;
+            (begun || g > 0 ? add_16<F.levels(), true> : add_16<F.levels(), false>)(
+                c, scale, q + 16 * g, offset, step, count, sums);
           }
         } else {
           for (int i = 0; i < 2; ++i) {
@@ -236,12 +261,9 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
       w += F.small_nbytes();
       if (!whole && left == 1) w += 4 * kTileRows;
     }
-    constexpr int groups = kSuperCols / group;
-    const float* of_groups = x.sums + (super * x.tokens + first) * groups;
-    for (int i = 0; i < 2; ++i)
-      finish<groups>(sums + kRows * i, outer[i],
-                     reinterpret_cast<const float(*)[kTileRows]>(minima[0] + kRows * i), of_groups,
-                     count, y + kRows * i, stride, super > 0);
+    constexpr int groups = F.levels() ? 0 : kSuperCols / group;
+    finish_all<groups>(sums, outer, minima, x.sums + (super * x.tokens + first) * groups, count, y,
+                       stride, super > 0);
   }
 }
 

@@ -111,17 +111,47 @@ void embed(const moepack_step& s) {
   std::memcpy(s.data[0], rows.data() + id % kTileRows * cols, static_cast<size_t>(cols) * 4);
 }
 
-void append(const moepack_step& s) {
-  const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
-  auto put = [&](float* cache, int operand, int64_t width) {
-    for (int64_t h = 0; h < kv.heads; ++h) {
-      const float* from = floats(s, operand) + h * s.stride[operand][0];
-      float* to = cache + (h * kv.capacity + kv.end) * width;
-      for (int64_t i = 0; i < width; ++i) to[i] = from[i * s.stride[operand][1]];
-    }
+// False where float16 cannot hold what comes: all is converted before anything is written.
+bool append(const moepack_step& s) {
+  struct Part {
+    void* cache;
+    int operand;
+    int64_t width;
   };
-  put(kv.keys, 1, kv.key_width);
-  put(kv.values, 2, kv.value_width);
+  const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
+  const Part parts[] = {{kv.keys, 1, kv.key_width}, {kv.values, 2, kv.value_width}};
+  static thread_local std::vector<float> row;
+  static thread_local std::vector<uint16_t> halves;
+  // use(part, place in its cache) for each head, whose numbers are in `row`.
+  auto each_row = [&](auto use) {
+    for (const Part& part : parts)
+      for (int64_t h = 0; h < kv.heads; ++h) {
+        const float* from = floats(s, part.operand) + h * s.stride[part.operand][0];
+        row.resize(static_cast<size_t>(part.width));
+        for (int64_t i = 0; i < part.width; ++i)
+          row[static_cast<size_t>(i)] = from[i * s.stride[part.operand][1]];
+        use(part, (h * kv.capacity + kv.end) * part.width);
+      }
+  };
+  if (!kv.half) {
+    each_row([&](const Part& part, int64_t at) {
+      std::copy(row.begin(), row.end(), static_cast<float*>(part.cache) + at);
+    });
+    return true;
+  }
+  bool fits = true;
+  halves.clear();
+  each_row([&](const Part& part, int64_t) {
+    halves.resize(halves.size() + row.size());
+    fits &= kernels().to_half(row.data(), part.width, halves.data() + halves.size() - row.size());
+  });
+  if (!fits) return false;
+  const uint16_t* from = halves.data();
+  each_row([&](const Part& part, int64_t at) {
+    std::copy(from, from + part.width, static_cast<uint16_t*>(part.cache) + at);
+    from += part.width;
+  });
+  return true;
 }
 
 // Queries that share a key are consecutive heads. The window, where there is one, is number[1];
@@ -132,6 +162,10 @@ void attend(const moepack_step& s, int32_t threads) {
   int64_t begin = window > 0 && end > window ? end - window : 0, count = end - begin;
   float scale = static_cast<float>(s.scalar[0]), cap = static_cast<float>(s.scalar[1]);
   const float* sinks = floats(s, 3);
+  const Kernels& k = kernels();
+  auto keys = static_cast<const float*>(kv.keys), values = static_cast<const float*>(kv.values);
+  auto half_keys = static_cast<const uint16_t*>(kv.keys);
+  auto half_values = static_cast<const uint16_t*>(kv.values);
   int64_t each = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
   for_chunks(threads, ceil_div(heads, each), [&](int64_t chunk) {
     static thread_local std::vector<float> scores, query;
@@ -142,19 +176,24 @@ void attend(const moepack_step& s, int32_t threads) {
       const float* q = floats(s, 1) + h * s.stride[1][0];
       for (int64_t i = 0; i < kv.key_width; ++i)
         query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
-      const float* keys = kv.keys + (h / group * kv.capacity + begin) * kv.key_width;
+      int64_t first = h / group * kv.capacity + begin;
       for (int64_t t = 0; t < count; ++t) {
-        float score = scale * kernels().dot(query.data(), keys + t * kv.key_width, kv.key_width);
+        int64_t at = (first + t) * kv.key_width;
+        float product = kv.half ? k.dot_half(query.data(), half_keys + at, kv.key_width)
+                                : k.dot(query.data(), keys + at, kv.key_width);
+        float score = scale * product;
         scores[static_cast<size_t>(t)] = cap > 0 ? cap * std::tanh(score / cap) : score;
       }
       if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
-      kernels().softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
+      k.softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
       float* out = floats(s, 0) + h * s.stride[0][0];
-      const float* values = kv.values + (h / group * kv.capacity + begin) * kv.value_width;
       std::memset(out, 0, static_cast<size_t>(kv.value_width) * 4);
-      for (int64_t t = 0; t < count; ++t)
-        kernels().add_scaled(values + t * kv.value_width, scores[static_cast<size_t>(t)], out,
-                             kv.value_width);
+      for (int64_t t = 0; t < count; ++t) {
+        int64_t at = (first + t) * kv.value_width;
+        float weight = scores[static_cast<size_t>(t)];
+        if (kv.half) k.add_scaled_half(half_values + at, weight, out, kv.value_width);
+        else k.add_scaled(values + at, weight, out, kv.value_width);
+      }
     }
   });
 }
@@ -210,7 +249,7 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
                             s.number[3], floats(s, 1), 1, floats(s, 3), floats(s, 0), mode,
                             threads) == MOEPACK_OK;
     case MOEPACK_EMBED: return embed(s), true;
-    case MOEPACK_APPEND: return append(s), true;
+    case MOEPACK_APPEND: return append(s);
     case MOEPACK_ATTEND: return attend(s, threads), true;
     case MOEPACK_EXPERTS: return experts(s, mode, threads);
     default: return false;

@@ -29,6 +29,18 @@ def huge_pages(nbytes: int) -> mmap.mmap:
     return memory
 
 
+def zeros_in_huge_pages(rows: int, cols: int) -> Tensor:
+    """``[rows, cols]`` float32 zeros, in memory that goes back when nobody has the tensor any more.
+
+    The C library maps what is as large as many tokens' outputs anew each time, in pages of 4 KiB,
+    and taking those costs more than what is computed with them.
+    """
+    if rows * cols == 0:
+        return torch.zeros(rows, cols)
+    memory = huge_pages(rows * cols * 4)  # which come as zeros
+    return torch.frombuffer(memory, dtype=torch.float32, count=rows * cols).view(rows, cols)
+
+
 class Arena:
     """Slots for records of one size class.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
+from .arena import zeros_in_huge_pages
 from .cache_bias import CacheBias
 from .experts import Compute, ExpertsAdapter
 from .kernels import Engine, FusedExperts
@@ -141,8 +142,7 @@ class ExpertsCompute:
                 strict=True,
             )
         )
-        make = torch.empty if len(order) == tokens * choices else torch.zeros
-        outputs = make(tokens * choices, x.shape[1])
+        outputs = zeros_in_huge_pages(tokens * choices, x.shape[1])
         for expert, record in self._residency.fetch(self._layer, list(places)):
             token, weight = of_expert[expert]
             spec = self._records[expert].spec

@@ -131,7 +131,7 @@ class TapeForward:
                 return None
         if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
             return None
-        layers = take_over(kwargs.get("past_key_values"))
+        layers = take_over(kwargs.get("past_key_values"), half=self._engine.int8)
         if layers is None:
             cache = kwargs.get("past_key_values")
             self._passed_by = cache is not None and cache.get_seq_length() > 0

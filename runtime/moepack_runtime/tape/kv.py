@@ -2,6 +2,9 @@
 
 transformers' dynamic cache makes a new tensor of all keys for every token. Here a layer keeps a
 buffer ``[1, heads, capacity, width]`` and hands out views of what is filled.
+
+Where activations are rounded to 8 bits a buffer holds float16, half of what attention reads, and
+what is handed out is a float32 copy. A layer with numbers that float16 cannot hold keeps float32.
 """
 
 from __future__ import annotations
@@ -17,12 +20,32 @@ GROWTH = 256
 """Tokens by which a full buffer grows, at least; it grows by half of itself."""
 
 
-class _Buffers:
-    """The buffers of one layer: ``[1, heads, capacity, width]`` each, filled from the front."""
+HALF_RANGE = (2.0**-8, 65504.0)
+"""Where the largest of some numbers must lie for float16 to hold them: above, it has none; below,
+its smallest steps would be more than 1e-5 of it."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+
+def fits_half(numbers: Tensor) -> bool:
+    """Whether float16 holds them as well as float16 can; of none, yes."""
+    if numbers.numel() == 0:
+        return True
+    low, high = HALF_RANGE
+    return low <= float(numbers.abs().amax()) <= high  # a NaN is in no range
+
+
+class _Buffers:
+    """The buffers of one layer: ``[1, heads, capacity, width]`` each, filled from the front.
+
+    Args:
+        keys: ``[1, heads, tokens, width]`` float32, to begin with.
+        values: The same.
+        half: Whether they may be kept as float16.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, half: bool) -> None:
         self.filled = 0
-        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        dtype = torch.float16 if half else keys.dtype
+        self.keys, self.values = keys[:, :, :0].to(dtype), values[:, :, :0].to(dtype)
         self.write(0, keys, values)
 
     @property
@@ -41,10 +64,21 @@ class _Buffers:
             new[:, :, : self.filled] = old[:, :, : self.filled]
             setattr(self, name, new)
 
+    @property
+    def half(self) -> bool:
+        """Whether they are float16."""
+        return self.keys.dtype is torch.float16
+
+    def widen(self) -> None:
+        """Go on in float32."""
+        self.keys, self.values = self.keys.float(), self.values.float()
+
     def write(self, at: int, keys: Tensor, values: Tensor) -> int:
         """Put tokens at a place and forget what was behind it; returns where they end."""
         end = at + keys.shape[2]
         self.filled = min(self.filled, at)
+        if self.half and not (fits_half(keys) and fits_half(values)):
+            self.widen()
         self.reserve(end)
         self.keys[:, :, at:end] = keys
         self.values[:, :, at:end] = values
@@ -55,30 +89,38 @@ class _Buffers:
 class GrowingLayer(DynamicLayer):
     """A full-attention cache layer over a buffer.
 
-    ``keys`` and ``values`` are views of what is filled. A played token only moves the end; the
-    views are made when somebody looks. Code of transformers' may also put others in their place.
+    ``keys`` and ``values`` are views of what is filled, or float32 copies of it, made when somebody
+    looks: a played token only moves the end. Code of transformers' may also put others in their
+    place.
+
+    Attributes:
+        half: Whether float16 may be kept.
     """
 
     def __init__(self) -> None:
         self.buffers: _Buffers | None = None
+        self.half = False
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._shown: Tensor | None = None  # the keys that were handed out
         super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
-    def taking(cls, layer: DynamicLayer) -> GrowingLayer:
+    def taking(cls, layer: DynamicLayer, half: bool) -> GrowingLayer:
         """A growing layer with what a dynamic one holds, which must have begun."""
         new = cls()
+        new.half = half
         new.dtype, new.device = layer.dtype, layer.device
         new.is_initialized = True
-        new.buffers = _Buffers(cast(Tensor, layer.keys), cast(Tensor, layer.values))
+        new.buffers = _Buffers(cast(Tensor, layer.keys), cast(Tensor, layer.values), half)
         return new
 
     @property
     def keys(self) -> Tensor | None:
         """``[1, heads, tokens, width]``, or None before the first."""
         if self._keys is None and self.buffers is not None:
-            self._keys = self.buffers.keys[:, :, : self.buffers.filled]
+            # In float32: itself where it is so already.
+            self._keys = self._shown = self.buffers.keys[:, :, : self.buffers.filled].float()
         return self._keys
 
     @keys.setter
@@ -91,7 +133,7 @@ class GrowingLayer(DynamicLayer):
     def values(self) -> Tensor | None:
         """``[1, heads, tokens, width]``, or None before the first."""
         if self._values is None and self.buffers is not None:
-            self._values = self.buffers.values[:, :, : self.buffers.filled]
+            self._values = self.buffers.values[:, :, : self.buffers.filled].float()
         return self._values
 
     @values.setter
@@ -111,11 +153,11 @@ class GrowingLayer(DynamicLayer):
         """Append; views of everything. See the base class."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0])
-            self._keys = self._values = None
+            self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0], self.half)
+            self._forget()
         length = self.get_seq_length()
         self._own().write(length, key_states, value_states)
-        self._keys = self._values = None
+        self._forget()
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
     def reserve(self, tokens: int) -> _Buffers:
@@ -131,30 +173,38 @@ class GrowingLayer(DynamicLayer):
     def rewind(self, length: int) -> None:
         """Forget the tokens after the first ``length``."""
         self._own().filled = length
-        self._keys = self._values = None
+        self._forget()
 
     def played(self) -> None:
         """A played pass has put one more token behind the others."""
         self._own().filled += 1
-        self._keys = self._values = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._keys = self._values = self._shown = None
 
     def _own(self) -> _Buffers:
         """The buffers, made anew if transformers has put something else in the views' place."""
-        keys, values, mine = self._keys, self._values, self.buffers
+        keys, values, mine, shown = self._keys, self._values, self.buffers, self._shown
+        # A part of what was handed out stands for that part of the buffers.
         replaced = keys is not None and (
-            mine is None or keys.data_ptr() != mine.keys.data_ptr() or len(keys) != len(mine.keys)
+            mine is None
+            or shown is None
+            or keys.data_ptr() != shown.data_ptr()
+            or len(keys) != len(shown)
         )
         if replaced:
-            mine = self.buffers = _Buffers(cast(Tensor, keys), cast(Tensor, values))
-            self._keys = self._values = None
+            mine = self.buffers = _Buffers(cast(Tensor, keys), cast(Tensor, values), self.half)
+            self._forget()
         return cast(_Buffers, mine)
 
 
-def take_over(cache: Any) -> list[GrowingLayer] | None:
+def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     """Turn a cache's layers into growing ones, in place.
 
     Args:
         cache: What transformers made.
+        half: Whether keys and values may be kept as float16.
 
     Returns:
         The layers, all of the same length of at least one token, or None when the cache is of a
@@ -172,7 +222,8 @@ def take_over(cache: Any) -> list[GrowingLayer] | None:
     if not all(_fits(layer) for layer in plain):
         return None
     layers = [
-        layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer) for layer in plain
+        layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer, half)
+        for layer in plain
     ]
     cache.layers[:] = layers
     return layers
@@ -180,5 +231,7 @@ def take_over(cache: Any) -> list[GrowingLayer] | None:
 
 def _fits(layer: DynamicLayer) -> bool:
     mine = layer.buffers if isinstance(layer, GrowingLayer) else None
-    keys = layer.keys if mine is None else mine.keys
+    if mine is not None:
+        return len(mine.keys) == 1 and mine.keys.dtype in (torch.float32, torch.float16)
+    keys = layer.keys
     return keys is not None and len(keys) == 1 and keys.dtype is torch.float32

@@ -55,6 +55,7 @@ class Player:
         # The keys that each entry of _kv points at; weak, as a cache's memory is its owner's.
         self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
+        self._playing: Sequence[GrowingLayer] = ()
         self._alive: list[Any] = [_memory(step) for step in steps]
         found: list[NativeStep] = []
         fixed = [token, position, logits]
@@ -74,6 +75,8 @@ class Player:
                 for native_step in lowered:
                     if native_step.op == Op.EXPERTS:
                         self._calls[len(found)] = self._experts_call(step)
+                    if native_step.op == Op.APPEND:
+                        self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
         self._steps = (NativeStep * len(found))(*found)
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
@@ -101,6 +104,7 @@ class Player:
         """
         self._token.fill_(token)
         self._position.fill_(position)
+        self._playing = layers
         for number, (layer, kv) in enumerate(zip(layers, self._caches, strict=True)):
             self._point(number, layer, kv, position)
         at = 0
@@ -111,6 +115,7 @@ class Player:
                 break
             self._calls[at]()
             at += 1
+        self._playing = ()
         for layer in layers:
             layer.played()
         # Not clone(): so large a copy wakes torch's threads, which takes longer than the copy.
@@ -121,13 +126,14 @@ class Player:
     def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
         """Make a native layer stand for a layer of the cache, with room for one more token."""
         buffers = layer.reserve(position + 1)
+        kv.end = position
         known = self._known[number]
         if known is None or known() is not buffers.keys:
             self._known[number] = weakref.ref(buffers.keys)
             kv.keys, kv.values = buffers.keys.data_ptr(), buffers.values.data_ptr()
             kv.heads, kv.key_width = buffers.keys.shape[1], buffers.keys.shape[3]
             kv.value_width, kv.capacity = buffers.values.shape[3], buffers.capacity
-        kv.end = position
+            kv.half = buffers.half
 
     def _own(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         make: Callable[[Opaque, Step], list[NativeStep] | Call]
@@ -178,6 +184,19 @@ class Player:
             found.data[place] = tensor.data_ptr()
             found.stride[place][:2] = (tensor.stride(1), tensor.stride(3))
         return [found]
+
+    def _wide_append(self, step: Step, at: int) -> Call:
+        """What is done where float16 cannot hold a key or a value: the layer goes on in float32."""
+        assert isinstance(step.operation, Opaque)
+        number = list(self._kv).index(id(step.operation.subject))
+
+        def call() -> None:
+            layer, kv = self._playing[number], self._caches[number]
+            layer.reserve(kv.end + 1).widen()
+            self._point(number, layer, kv, kv.end)
+            native.play(self._steps, at, at + 1, self._engine.int8, self._engine.threads)
+
+        return call
 
     def _lower_attend(self, what: Opaque, step: Step) -> list[NativeStep]:
         query, out = step.arguments[0], step.results[0]

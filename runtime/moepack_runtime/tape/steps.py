@@ -68,6 +68,7 @@ class Kv(ctypes.Structure):
         ("value_width", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
         ("end", ctypes.c_int64),
+        ("half", ctypes.c_int32),
     )
 
 

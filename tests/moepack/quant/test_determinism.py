@@ -83,3 +83,18 @@ def test_after_a_fork() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_workers_use_one_thread_each() -> None:
+    """Torch's own threads under every worker would wait for each other all the time."""
+
+    def threads_of_an_operation() -> int:
+        torch.zeros(1 << 20).add_(1)
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert walk.in_workers([threads_of_an_operation] * 9) == [1] * 9
+    finally:
+        torch.set_num_threads(before)

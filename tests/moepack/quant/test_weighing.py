@@ -22,7 +22,7 @@ def normal(rows: int, cols: int) -> Tensor:
 
 
 def test_large_weights_keep_their_size() -> None:
-    weight = normal(256, 2048)
+    weight = normal(1024, 2048)
     large = weight.abs() > 3.5 * 0.02
 
     def size(by_size: bool) -> float:

@@ -142,10 +142,10 @@ class LlamaRunner:
         self._ask("decode", ids)
 
     def _ask(self, what: str, ids: Sequence[int]) -> None:
-        self._pipe.send((what, list(ids)))
         try:
+            self._pipe.send((what, list(ids)))
             self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ResourceError(
                 "llama.cpp's process ended", remedy="see whether memory is short"
             ) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 import moepack
-from moepack import cli
+from moepack import cli, speed
+from moepack_formats.errors import ResourceError
 from tests.commands import Command, edit_json
 
 COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
@@ -220,6 +223,59 @@ def test_a_reader_that_leaves_is_no_error(pack: Path, arguments: list[str]) -> N
     assert child.wait(60) == 0
     assert errors == ""
     child.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 5, "Broken pipe"),
+        (EOFError("Ran out of input"), 1, "unexpected EOFError: Ran out of input"),
+        (SystemExit("a library gave up"), 1, "a library gave up"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=repr,
+)
+def test_what_libraries_raise_is_no_good_end(
+    command: Command,
+    pack: Path,
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", broken)
+    assert words in command("inspect", pack).error(code)
+
+
+@pytest.mark.parametrize(("code", "wanted"), [(None, 0), (0, 0), (7, 7)])
+def test_a_library_s_exit_code_is_passed_on(
+    command: Command,
+    pack: Path,
+    code: int | None,
+    wanted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ends(*_: object) -> None:
+        sys.exit(code)
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", ends)
+    assert command("inspect", pack).code == wanted
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "during"])
+def test_a_peer_that_was_killed_is_an_error(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for llama.cpp's process."""
+    runner = object.__new__(speed.LlamaRunner)
+    runner._pipe, other = multiprocessing.Pipe()
+    if before:
+        other.close()
+    else:
+        monkeypatch.setattr(runner._pipe, "send", lambda _: other.close(), raising=False)
+    with pytest.raises(ResourceError, match=r"llama\.cpp's process ended"):
+        runner.prefill([1, 2])
 
 
 def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

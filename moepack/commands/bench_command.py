@@ -104,7 +104,8 @@ def command(
     mine, others, decoding = speed.measure(plan, speed.PackRunner(model), model.moepack.stats, peer)
     demands = (decoding.hits + decoding.misses) / max(decoding.tokens, 1)
     nbytes = speed.packed_nbytes_per_token(model, demands)
-    memory = speed.read_bandwidth(threads)
+    # The CPU's memory says nothing about what a GPU reads from its own.
+    memory = speed.read_bandwidth(threads) if model.moepack.tier is None else None
     values = {
         **_speeds_json("", mine),
         **statistics_json(decoding),

@@ -190,9 +190,15 @@ def _compare(model: Any, ids: Tensor, source: str) -> Scores:
         return compare(
             runs,
             expected,
-            lambda run: model(run, use_cache=False).logits,
+            lambda run: _logits(model, run),
             lambda runs: tqdm(runs, unit="window", disable=None),
         )
+
+
+def _logits(model: Any, run: Tensor) -> Tensor:
+    """``[1, T, V]`` on the CPU, where the source computes, for ``[1, T]`` ids."""
+    logits: Tensor = model(run.to(model.device), use_cache=False).logits
+    return logits.cpu()
 
 
 def _check_same_model(model: Any, source: Any, where: str) -> None:

@@ -54,9 +54,12 @@ def command(
 
     `moepack simulate` reads it, and --pin of the commands that run a pack. The text is read in
     windows as by `moepack eval`. Speed of decoding and of the pack's disk are measured for a
-    second and kept in the file.
+    second and kept in the file. All of it runs on the CPU.
     """
     set_up(verbose)
+    if runtime["device"] == "cuda":
+        raise UsageError("routing is recorded on the CPU", remedy="leave out --device cuda")
+    runtime["device"] = "cpu"  # which is what auto means here
     content = read_text(text)
     from moepack_runtime.trace import TraceWriter
 

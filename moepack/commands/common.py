@@ -60,7 +60,8 @@ def runtime_options(function: F) -> F:
             default="auto",
             show_default=True,
             help="Experts that are not in GPU memory: compute them on the CPU never, always, or "
-            "where that is estimated to be faster than copying.",
+            "where that is estimated to be faster than copying. The CPU rounds otherwise than the "
+            "GPU: only with off does any budget give the same tokens.",
         ),
         click.option(
             "--activations",

@@ -24,7 +24,10 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    print(f"moepack: lm-eval is missing ({error}); pip install 'moepack[lm-eval]'", file=sys.stderr)
+    print(
+        f"moepack: lm-eval is missing ({error}); pip install '.[lm-eval]' in a clone",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 

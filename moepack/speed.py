@@ -122,7 +122,7 @@ class LlamaRunner:
         if importlib.util.find_spec("llama_cpp") is None:
             raise UsageError(
                 "comparing with llama.cpp needs llama-cpp-python",
-                remedy="pip install 'moepack[bench]'",
+                remedy="pip install '.[bench]' in a clone",
             )
         processes = multiprocessing.get_context("spawn")
         self._pipe, other = processes.Pipe()

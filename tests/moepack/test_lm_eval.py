@@ -74,7 +74,7 @@ def test_without_lm_eval_the_command_says_so() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("moepack: lm-eval is missing")
-    assert done.stderr.endswith("pip install 'moepack[lm-eval]'\n")
+    assert done.stderr.endswith("pip install '.[lm-eval]' in a clone\n")
 
 
 def test_the_harness_s_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -205,3 +206,15 @@ def test_a_recorder_refuses_a_model_on_a_device(pack: Path) -> None:
     with pytest.raises(UsageError, match="recorded on the CPU"):
         RoutingRecorder(model)
     model.moepack.close()
+
+
+def test_the_disk_is_measured_on_the_pack_and_nothing_is_written(
+    command: Command, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr("moepack.convert.sizing.NamedTemporaryFile", refuse)
+    out = tmp_path / "a.parquet"
+    assert command("trace", pack, out, "--text", TEXT, "--max-tokens", 3).code == 0
+    assert read_trace(out).info.disk_mbps

@@ -14,7 +14,7 @@ from .common import common_options, print_json, set_up
 
 @click.command("plan")
 @click.argument("src")
-@click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory [default: none].")
+@click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory, if any.")
 @click.option(
     "--ram",
     type=parse_size,

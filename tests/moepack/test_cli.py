@@ -15,7 +15,9 @@ import torch
 
 import moepack
 from moepack import cli, speed
-from moepack_formats.errors import ResourceError
+from moepack.commands.common import print_json
+from moepack_formats.errors import ResourceError, UsageError
+from moepack_runtime.options import RuntimeOptions
 from tests.commands import Command, edit_json
 
 COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
@@ -417,3 +419,54 @@ def test_pack_given_as_a_link(command: Command, pack: Path, tmp_path: Path) -> N
     link = tmp_path / "link"
     link.symlink_to(pack)
     assert command("verify", link).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        *((["generate", "pack", "--prompt", "x", "--io", "mmap", *o], o[0]) for o in (
+            ["--slots", 4], ["--policy", "lru"], ["--scope", "global"], ["--cache-bias", 0.1],
+        )),
+        *((["bench", "pack", "--ablation", *o], o[0]) for o in (
+            ["--rounds", 3], ["--context-tokens", 128], ["--no-prefetch"],
+        )),
+        (["bench", "pack", "--simulate-link", "1GB"], "--simulate-link"),
+        (["convert", "src", "out", "--scheme", "q4g64", "--mix", "none"], "--mix"),
+        (["convert", "src", "out", "--scheme", "q4g64", "--expert-bits", 3], "--expert-bits"),
+        (["convert", "src", "out", "--calibrate-tokens", 99], "--calibrate-tokens"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_an_option_that_would_do_nothing(
+    command: Command, arguments: list[object], option: str
+) -> None:
+    assert f"{option} does nothing with" in command(*arguments).error(2).replace(
+        "--prefetch", "--no-prefetch"
+    )
+
+
+def test_mapped_files_have_no_hits(command: Command, pack: Path) -> None:
+    few = ["--prompt", "x", "--max-new-tokens", 3, "--threads", 1]
+    values = command("generate", pack, *few, "--io", "mmap", "--json").json
+    assert [values[n] for n in ("hits", "misses", "hit_ratio", "bytes_read")] == [None] * 4
+    result = command("generate", pack, *few, "--io", "mmap")
+    assert "cache hits not known: the page cache decides" in result.err
+    values = command("generate", pack, *few, "--io", "buffered", "--json").json
+    assert values["hits"] + values["misses"] > 0
+
+
+def test_verify_takes_a_revision(command: Command, pack: Path) -> None:
+    assert "--revision" in command("verify", "--help").out
+    assert command("verify", pack, "--revision", "main").code in (0, 2)
+
+
+def test_too_many_threads(command: Command) -> None:
+    result = command("generate", "pack", "--prompt", "x", "--threads", 1_000_000)
+    assert result.code == 2
+    with pytest.raises(UsageError, match="too many threads"):
+        RuntimeOptions(threads=1_000_000)
+
+
+def test_json_has_no_nan_in_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [1.0, float("nan"), {"b": (float("inf"),)}]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.0, None, {"b": [None]}]}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import os
+import select
 import sys
 import traceback
+from typing import Any
 
 import click
 
@@ -34,6 +38,18 @@ _DISGUISED: dict[str, OSError | MemoryError] = {
 """What torch and safetensors say in errors that have no type of their own."""
 
 
+class _Ended(Exception):
+    """A command raised something that click takes for its own affair.
+
+    Attributes:
+        error: That.
+    """
+
+    def __init__(self, error: BrokenPipeError | EOFError | SystemExit) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Commands(click.Group):
     """Imports a command's module only when it is used: `--help` never loads torch."""
 
@@ -48,6 +64,13 @@ class _Commands(click.Group):
         module = importlib.import_module(f"moepack.commands.{cmd_name}_command")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what click would end without a word is told apart by :func:`run`."""
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, EOFError, SystemExit) as error:
+            raise _Ended(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -81,29 +104,62 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort, EOFError):
+    except (KeyboardInterrupt, click.Abort):
         return _complain("interrupted", INTERRUPTED, debug)
+    except _Ended as ended:
+        return _end(ended.error, debug)
     except moepack.MoepackError as error:
         return _complain(str(error), error.exit_code, debug)
-    except SystemExit:
-        # How click ends when the reader of our output has left: nothing is wrong.
-        return 0
+    except SystemExit:  # click's, when its own output finds no reader
+        return _end(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), debug)
     except (OSError, MemoryError) as error:
         return _complain(_resource_message(error), 5, debug)
     except Exception as error:
         for words, real in _DISGUISED.items():
             if words in str(error):
                 return _complain(_resource_message(real), 5, debug)
-        first = next(iter(str(error).splitlines()), "")
-        line = f"unexpected {type(error).__name__}: {first}; --debug shows where"
-        return _complain(line, UNEXPECTED, debug)
+        return _unexpected(error, debug)
     return 0
 
 
+def _end(error: BrokenPipeError | EOFError | SystemExit, debug: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # Nothing is wrong if the reader of our output has left, but any pipe may have broken.
+        return 0 if _reader_has_left() else _complain(_resource_message(error), 5, debug)
+    if isinstance(error, EOFError):  # the commands catch the end of what the user says
+        return _unexpected(error, debug)
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    return _complain(str(error.code), UNEXPECTED, debug)
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; if so, it goes nowhere now."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors and hang-ups are always told
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)  # what is still in a buffer is written at the end
+    os.close(nowhere)
+    return True
+
+
+def _unexpected(error: BaseException, debug: bool) -> int:
+    first = next(iter(str(error).splitlines()), "")
+    line = f"unexpected {type(error).__name__}: {first}; --debug shows where"
+    return _complain(line, UNEXPECTED, debug)
+
+
 def _complain(line: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"moepack: {line}", err=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads stderr: the code has to do
+        if debug:
+            traceback.print_exc()
+        click.echo(f"moepack: {line}", err=True)
     return code
 
 

@@ -24,7 +24,10 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    print(f"moepack: lm-eval is missing ({error}); pip install 'moepack[lm-eval]'", file=sys.stderr)
+    print(
+        f"moepack: lm-eval is missing ({error}); pip install '.[lm-eval]' in a clone",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 
@@ -34,9 +37,10 @@ class PackLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: The pack's folder, or its Hub id.
         revision: Branch, tag or commit of a Hub id.
-        device: Ignored: this version computes on the CPU, and the harness says ``cuda:0`` unless it
-            is told otherwise.
-        dtype: What the trunk computes in; ``auto`` is float32, as in ``moepack eval``.
+        device: ``cpu``, or ``cuda`` with or without a number. The harness says ``cuda:0`` unless it
+            is told otherwise, so that is the CPU where there is no GPU, as in its own models.
+        dtype: What the trunk computes in; ``auto`` as in ``moepack eval``: float32 on the CPU, 16
+            bits on a GPU.
         arguments: Fields of :class:`RuntimeOptions`, as ``ram=6GiB`` or ``activations=float``; the
             rest goes to the harness's own model, as ``batch_size`` or ``add_bos_token``.
 
@@ -53,13 +57,14 @@ class PackLM(HFLM):  # type: ignore[misc]
         dtype: str = "auto",
         **arguments: Any,
     ) -> None:
-        found = torch.float32 if dtype == "auto" else getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
+        found = None if dtype == "auto" else getattr(torch, dtype, dtype)
+        if found is not None and not isinstance(found, torch.dtype):
             raise UsageError("no such dtype", wanted="as float32 or bfloat16", got=dtype)
         names = {field.name for field in fields(RuntimeOptions)}
         ours = {name: arguments.pop(name) for name in names & arguments.keys()}
         threads = ours.setdefault("threads", physical_cores())
         torch.set_num_threads(threads)
+        ours["device"] = _chosen(device)
         model = load_pack(pretrained, revision=revision, dtype=found, **ours)
         tokenizer = load_tokenizer(model.moepack.pack.folder)
         if tokenizer is None:
@@ -67,6 +72,22 @@ class PackLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **arguments)
         # For the report; what was given above is the model itself.
         self.pretrained, self.revision = pretrained, revision or "main"
+
+
+def _chosen(device: str | None) -> str:
+    """The option for a name of the harness's.
+
+    Raises:
+        UsageError: A device of another kind.
+    """
+    kind, _, number = (device or "cuda").partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UsageError("no such device", wanted="cpu or cuda", got=device)
+    if kind == "cpu":
+        return "cpu"
+    if number and torch.cuda.is_available():
+        torch.cuda.set_device(int(number))
+    return "auto"
 
 
 def main() -> None:

@@ -80,17 +80,26 @@ class PackRunner:
         """See :class:`Runner`."""
         import torch
 
-        output = self._model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        prompt = torch.tensor([ids], device=self._model.device)
+        output = self._model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         self._cache = output.past_key_values
+        self._finish()
 
     def decode(self, ids: Sequence[int]) -> None:
         """See :class:`Runner`."""
         import torch
 
         for token in ids:
-            one = torch.tensor([[token]])
+            one = torch.tensor([[token]], device=self._model.device)
             output = self._model(input_ids=one, past_key_values=self._cache, use_cache=True)
             self._cache = output.past_key_values
+        self._finish()
+
+    def _finish(self) -> None:
+        """Wait for a GPU, which takes work into a queue."""
+        tier = self._model.moepack.tier
+        if tier is not None:
+            tier.link.finish()
 
 
 class LlamaRunner:
@@ -113,7 +122,7 @@ class LlamaRunner:
         if importlib.util.find_spec("llama_cpp") is None:
             raise UsageError(
                 "comparing with llama.cpp needs llama-cpp-python",
-                remedy="pip install 'moepack[bench]'",
+                remedy="pip install '.[bench]' in a clone",
             )
         processes = multiprocessing.get_context("spawn")
         self._pipe, other = processes.Pipe()
@@ -142,10 +151,10 @@ class LlamaRunner:
         self._ask("decode", ids)
 
     def _ask(self, what: str, ids: Sequence[int]) -> None:
-        self._pipe.send((what, list(ids)))
         try:
+            self._pipe.send((what, list(ids)))
             self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ResourceError(
                 "llama.cpp's process ended", remedy="see whether memory is short"
             ) from None

@@ -15,9 +15,11 @@ from moepack_runtime.options import format_size, parse_size
 
 from .common import (
     common_options,
+    is_mapped,
     load,
     physical_cores,
     print_json,
+    refuse_with,
     runtime_options,
     set_up,
     statistics_json,
@@ -89,9 +91,11 @@ def command(
 
     set_up(verbose)
     if ablation:
+        refuse_with("--ablation", "rounds", "context_tokens", "peer_gguf", "prefetch")
         lengths = prompt_tokens, max_new_tokens
         _ablation(pack, lengths, seed, simulate_link, as_json, runtime)
         return
+    refuse_with("a measurement that is no --ablation", "simulate_link")
     model = load(pack, **runtime)
     threads = runtime["threads"] or physical_cores()
     vocabulary = model.config.get_text_config().vocab_size
@@ -104,10 +108,11 @@ def command(
     mine, others, decoding = speed.measure(plan, speed.PackRunner(model), model.moepack.stats, peer)
     demands = (decoding.hits + decoding.misses) / max(decoding.tokens, 1)
     nbytes = speed.packed_nbytes_per_token(model, demands)
-    memory = speed.read_bandwidth(threads)
+    # The CPU's memory says nothing about what a GPU reads from its own.
+    memory = speed.read_bandwidth(threads) if model.moepack.tier is None else None
     values = {
         **_speeds_json("", mine),
-        **statistics_json(decoding),
+        **statistics_json(decoding, model),
         "packed_bytes_per_token": nbytes,
         "packed_bytes_per_s": nbytes * statistics.median(mine.decode),
         "read_bytes_per_s": memory,
@@ -120,8 +125,8 @@ def command(
         print_json(values)
         return
     _print_speeds("", mine)
-    click.echo(f"cache    {statistics_line(decoding)}")
-    if decoding.bytes_per_token is not None:
+    click.echo(f"cache    {statistics_line(decoding, model)}")
+    if decoding.bytes_per_token is not None and not is_mapped(model):
         click.echo(f"         {format_size(decoding.bytes_per_token)} a token")
     rate = f"packed   {format_size(nbytes)} a token, {values['packed_bytes_per_s'] / 1e9:.1f} GB/s"
     click.echo(rate if memory is None else f"{rate} of {memory / 1e9:.1f} GB/s that memory gives")

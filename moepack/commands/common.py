@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from moepack_formats import osio
 from moepack_formats.errors import UsageError
@@ -19,13 +20,19 @@ from moepack_runtime.options import (
     ENGINES,
     HYBRID_MODES,
     IO_MODES,
+    MAX_THREADS,
     SCOPES,
     RuntimeOptions,
     format_size,
     parse_size,
 )
-from moepack_runtime.policies import policy_names
+from moepack_runtime.policies import runnable_names
 from moepack_runtime.statistics import Statistics
+
+_log = logging.getLogger(__name__)
+
+_SLOT_OPTIONS = ("slots", "policy", "scope", "pin", "cache_bias")
+"""Options about slots, by parameter name; mapped files have none."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,7 +52,9 @@ def runtime_options(function: F) -> F:
     """The options of every command that runs a model."""
     for option in (
         click.option(
-            "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."
+            "--threads",
+            type=click.IntRange(1, MAX_THREADS),
+            help="Threads [default: physical cores].",
         ),
         click.option(
             "--device",
@@ -60,7 +69,8 @@ def runtime_options(function: F) -> F:
             default="auto",
             show_default=True,
             help="Experts that are not in GPU memory: compute them on the CPU never, always, or "
-            "where that is estimated to be faster than copying.",
+            "where that is estimated to be faster than copying. The CPU rounds otherwise than the "
+            "GPU: only with off does any budget give the same tokens.",
         ),
         click.option(
             "--activations",
@@ -99,10 +109,17 @@ def runtime_options(function: F) -> F:
         ),
         click.option(
             "--policy",
-            type=click.Choice(policy_names()),
+            type=click.Choice(runnable_names()),
             default=RuntimeOptions.policy,
             show_default=True,
-            help="Which cached expert gives way (belady: only in `moepack simulate`).",
+            help="Which cached expert gives way.",
+        ),
+        click.option(
+            "--record/--no-record",
+            "tape",
+            default=True,
+            help="On the CPU: record one decoded token and let the native library play the next "
+            "ones, which is faster; or leave all of them to transformers' own code.",
         ),
         click.option(
             "--prefetch/--no-prefetch", default=True, help="Guess the next layer's experts."
@@ -184,14 +201,17 @@ def load(
     threads: int | None,
     engine: str,
     activations: str,
+    tape: bool,
     **more: Any,
 ) -> Any:
     """Load a pack for a command, fetching it first if ``pack`` is a Hub id.
 
     Raises:
-        UsageError: There is no such device.
+        UsageError: There is no such device, or an option was given that would do nothing.
         MoepackError: The pack is not valid or does not fit.
     """
+    if io == "mmap":
+        refuse_with("--io mmap, where the page cache decides", *_SLOT_OPTIONS)
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -206,7 +226,7 @@ def load(
     threads = threads or physical_cores()
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    return load_pack(
+    model = load_pack(
         pack,
         revision=revision,
         ram=ram,
@@ -219,12 +239,45 @@ def load(
         cache_bias=cache_bias,
         engine=engine,
         activations=activations,
+        tape=tape,
         threads=threads,
         device=device,
         vram=vram,
         hybrid=hybrid,
         **more,
     )
+    unused = given(*_SLOT_OPTIONS)
+    if unused and is_mapped(model):
+        _log.info("the whole pack fits and is mapped: %s does nothing", ", ".join(unused))
+    return model
+
+
+def given(*names: str) -> list[str]:
+    """Which of some options, by parameter name, stand on the command line; as they stand there."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return []
+    typed = {
+        name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    return [p.opts[0] for p in context.command.params if p.name in typed]
+
+
+def refuse_with(what: str, *names: str) -> None:
+    """Refuse options that do nothing beside another one.
+
+    Raises:
+        UsageError: One of them was given.
+    """
+    for option in given(*names):
+        raise UsageError(f"{option} does nothing with {what}", remedy="leave one of them out")
+
+
+def is_mapped(model: Any) -> bool:
+    """Whether a loaded pack's records are mapped files."""
+    from moepack_runtime.mapped import MappedRecords
+
+    return isinstance(model.moepack.residency, MappedRecords)
 
 
 def physical_cores() -> int:
@@ -243,7 +296,7 @@ def physical_cores() -> int:
 
 def print_json(values: dict[str, Any]) -> None:
     """One JSON object on stdout; floats that are not numbers become null."""
-    click.echo(json.dumps(_finite(values), ensure_ascii=False))
+    click.echo(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False))
 
 
 def say(line: str) -> None:
@@ -251,30 +304,38 @@ def say(line: str) -> None:
     click.echo(line, err=True)
 
 
-def statistics_json(stats: Statistics) -> dict[str, Any]:
-    """Counters of a run, under the names that every command's JSON uses."""
+def statistics_json(stats: Statistics, model: Any) -> dict[str, Any]:
+    """Counters of a run, under the names that every command's JSON uses.
+
+    What is read of mapped files, and when, the page cache decides and does not tell: null.
+    """
+    known = not is_mapped(model)
     return {
-        "hits": stats.hits,
-        "misses": stats.misses,
-        "hit_ratio": stats.hit_ratio,
+        "hits": stats.hits if known else None,
+        "misses": stats.misses if known else None,
+        "hit_ratio": stats.hit_ratio if known else None,
         "prefetch_recall": stats.recall,
         "prefetch_stops": stats.prefetch_stops,
-        "bytes_read": stats.bytes_read,
-        "bytes_per_token": stats.bytes_per_token,
+        "bytes_read": stats.bytes_read if known else None,
+        "bytes_per_token": stats.bytes_per_token if known else None,
         "bytes_copied": stats.bytes_copied,
         "computed_on_cpu": stats.computed_on_cpu,
     }
 
 
-def statistics_line(stats: Statistics) -> str:
+def statistics_line(stats: Statistics, model: Any) -> str:
     """Counters of a run for a person."""
     parts = []
-    if stats.hit_ratio is not None:
+    known = not is_mapped(model)
+    if not known:
+        parts.append("cache hits not known: the page cache decides")
+    elif stats.hit_ratio is not None:
         demands = stats.hits + stats.misses
         parts.append(f"cache hits {stats.hit_ratio:.1%} ({stats.hits} of {demands})")
     recall = "none" if stats.recall is None else f"{stats.recall:.1%}"
     parts.append(f"prefetch recall {recall}")
-    parts.append(f"{format_size(stats.bytes_read)} read")
+    if known:
+        parts.append(f"{format_size(stats.bytes_read)} read")
     if stats.bytes_copied:
         parts.append(f"{format_size(stats.bytes_copied)} copied to the GPU")
     return ", ".join(parts)
@@ -283,6 +344,8 @@ def statistics_line(stats: Statistics) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and value - value != 0:
         return None
     return value

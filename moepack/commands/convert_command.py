@@ -10,7 +10,7 @@ import click
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.options import format_size, parse_size
 
-from .common import common_options, print_json, say, set_up
+from .common import common_options, print_json, refuse_with, say, set_up
 
 if TYPE_CHECKING:
     from moepack.convert.plan import ConversionPlan
@@ -97,6 +97,10 @@ def command(
     from moepack.convert.plan import make_plan
     from moepack.convert.run import convert
 
+    if scheme is not None:
+        refuse_with("--scheme", "mix", "expert_bits")
+    if calibrate is None:
+        refuse_with("a conversion without --calibrate", "calibrate_tokens")
     quantizer = quantizer or ("hqq" if calibrate is None else "gptq")
     check_calibration(quantizer, calibrate)
     options = ConvertOptions(

@@ -72,10 +72,10 @@ def command(
     ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:max_tokens])
     if source is not None:
         scores = _compare(model, ids, source)
-        _print_scores(scores, model, as_json)
+        _print_scores(scores, model, text.name, as_json)
         return
     if model.moepack.bias is not None:
-        _print_bias(_bias_cost(model, ids), runtime["cache_bias"], as_json)
+        _print_bias(_bias_cost(model, ids), runtime["cache_bias"], text.name, as_json)
         return
     result = measure(model, ids, lambda runs: tqdm(runs, unit="window", disable=None))
     if as_json:
@@ -85,7 +85,8 @@ def command(
                 "nats_per_token": result.nats,
                 "tokens": result.tokens,
                 "windows": result.windows,
-                **statistics_json(model.moepack.stats),
+                "text": text.name,
+                **statistics_json(model.moepack.stats, model),
             }
         )
     else:
@@ -141,7 +142,7 @@ def _bias_cost(model: Any, ids: Tensor) -> _BiasCost:
     return _BiasCost(tokens, (nats[0], nats[1]), (hit_ratios[0], hit_ratios[1]), nudged)
 
 
-def _print_bias(cost: _BiasCost, share: float, as_json: bool) -> None:
+def _print_bias(cost: _BiasCost, share: float, text: str, as_json: bool) -> None:
     without, with_bias = cost.perplexities
     if as_json:
         print_json(
@@ -155,6 +156,7 @@ def _print_bias(cost: _BiasCost, share: float, as_json: bool) -> None:
                 "nudged_per_token": cost.nudged,
                 "tokens": sum(cost.tokens),
                 "windows": len(cost.tokens),
+                "text": text,
             }
         )
         return
@@ -190,9 +192,15 @@ def _compare(model: Any, ids: Tensor, source: str) -> Scores:
         return compare(
             runs,
             expected,
-            lambda run: model(run, use_cache=False).logits,
+            lambda run: _logits(model, run),
             lambda runs: tqdm(runs, unit="window", disable=None),
         )
+
+
+def _logits(model: Any, run: Tensor) -> Tensor:
+    """``[1, T, V]`` on the CPU, where the source computes, for ``[1, T]`` ids."""
+    logits: Tensor = model(run.to(model.device), use_cache=False).logits
+    return logits.cpu()
 
 
 def _check_same_model(model: Any, source: Any, where: str) -> None:
@@ -208,7 +216,7 @@ def _check_same_model(model: Any, source: Any, where: str) -> None:
             )
 
 
-def _print_scores(scores: Scores, model: Any, as_json: bool) -> None:
+def _print_scores(scores: Scores, model: Any, text: str, as_json: bool) -> None:
     intervals = {
         "nats_per_token": scores.loss,
         "source_nats_per_token": scores.source_loss,
@@ -227,7 +235,7 @@ def _print_scores(scores: Scores, model: Any, as_json: bool) -> None:
         for name, interval in intervals.items():
             values[name] = interval.mean
             values[f"{name}_95"] = interval.half_width
-        print_json({**values, **statistics_json(model.moepack.stats)})
+        print_json({**values, "text": text, **statistics_json(model.moepack.stats, model)})
         return
     click.echo(
         f"perplexity      {perplexity:.4f}, of the source {source_perplexity:.4f} "

@@ -33,9 +33,29 @@ from .common import (
 @click.option("--system", help="System message, with --chat or --interactive.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True))
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
-@click.option("--top-k", type=click.IntRange(1))
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    help="Below 1 likely tokens become likelier, above 1 less so; as --top-p, --top-k and --min-p, "
+    "this turns sampling on [default: the model's own].",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the likeliest tokens that have this probability together.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    help="Sample from tokens at least this share as likely as the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    help="Above 1 tokens that the text holds become less likely, also with --greedy.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End after this text; may be repeated.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @runtime_options
 @common_options
@@ -50,6 +70,9 @@ def command(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    stop: tuple[str, ...],
     seed: int | None,
     as_json: bool,
     verbose: bool,
@@ -62,10 +85,10 @@ def command(
         raise UsageError("give either --prompt or --interactive")
     if interactive and as_json:
         raise UsageError("--json does not go with --interactive")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if greedy and sampling:
-        raise UsageError("--greedy excludes --temperature, --top-p and --top-k")
+        raise UsageError("--greedy excludes --temperature, --top-p, --top-k and --min-p")
     if system is not None and not (chat or interactive):
         raise UsageError("--system goes with --chat or --interactive")
     if prompt == "-":
@@ -73,8 +96,15 @@ def command(
     if prompt == "":
         raise UsageError("the prompt is empty")
 
+    if "" in stop:
+        raise UsageError("--stop is empty")
     model = load(pack, **runtime)
-    writer = Writer(pack, model, _generation_options(sampling, greedy, max_new_tokens, seed))
+    options = _generation_options(sampling, greedy, max_new_tokens, seed)
+    if repetition_penalty is not None:
+        options["repetition_penalty"] = repetition_penalty
+    if stop:
+        options["stop_strings"] = list(stop)
+    writer = Writer(pack, model, options)
     if verbose:
         say(f"moepack: {model.moepack.residency.describe()}")
     if interactive:
@@ -84,9 +114,11 @@ def command(
     ids = writer.chat_ids([*_system(system), _message("user", prompt)]) if chat else None
     reply = writer.write(writer.text_ids(prompt) if ids is None else ids, show=not as_json)
     if as_json:
-        print_json({"text": reply.text, **reply.json(), **statistics_json(model.moepack.stats)})
+        print_json(
+            {"text": reply.text, **reply.json(), **statistics_json(model.moepack.stats, model)}
+        )
     else:
-        say(f"{reply.line()}, {statistics_line(model.moepack.stats)}")
+        say(f"{reply.line()}, {statistics_line(model.moepack.stats, model)}")
         note = model.moepack.speculator and model.moepack.speculator.describe()
         if note:
             say(f"moepack: {note}")
@@ -225,7 +257,11 @@ class Writer:
         restore = _note_interrupts(interrupted)
         try:
             self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), streamer=stream, **self._options
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=stream,
+                tokenizer=self._tokenizer if "stop_strings" in self._options else None,
+                **self._options,
             )
         except KeyboardInterrupt:
             stream.end()  # type: ignore[no-untyped-call]
@@ -255,12 +291,15 @@ def _note_interrupts(interrupted: list[bool]) -> Callable[[], object]:
     return lambda: signal.signal(signal.SIGINT, previous)
 
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
 def _generation_options(
     sampling: dict[str, Any], greedy: bool, max_new_tokens: int, seed: int | None
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
     if greedy:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options |= {"do_sample": False, **dict.fromkeys(_SAMPLING)}
     elif sampling or seed is not None:
         options["do_sample"] = True
     if seed is not None:

@@ -14,9 +14,12 @@ from .common import common_options, print_json, set_up
 
 @click.command("plan")
 @click.argument("src")
-@click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory to use.")
+@click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory, if any.")
 @click.option(
-    "--ram", type=parse_size, metavar="SIZE", help="Memory to use [default: a safe share]."
+    "--ram",
+    type=parse_size,
+    metavar="SIZE",
+    help="Memory for the whole process, as for generate [default: a safe share of what is free].",
 )
 @click.option(
     "--disk", type=parse_size, metavar="SIZE", help="Disk to use [default: what is free]."
@@ -51,6 +54,7 @@ def command(
     from moepack.convert.sizing import Machine, best, disk_speed, memory_speed, recipes, sizes_of
     from moepack_runtime.disk import free_nbytes
     from moepack_runtime.memory import default_budget
+    from moepack_runtime.residency import fixed_nbytes
 
     sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits)
     machine = Machine(
@@ -59,6 +63,7 @@ def command(
         free_nbytes(folder) if disk is None else disk,
         memory_speed(),
         disk_speed(folder),
+        fixed_nbytes(),
     )
     fits = recipes(sizes, machine)
     chosen = best(fits)

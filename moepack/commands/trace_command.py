@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moepack_formats import osio
 from moepack_formats.errors import MoepackError, UsageError
 from moepack_formats.manifest import MANIFEST_NAME
 
@@ -18,10 +19,12 @@ from .common import common_options, load, print_json, read_text, runtime_options
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moepack_formats.pack import Pack
     from moepack_runtime.trace import TraceInfo, TraceWriter
 
 _TIMED = 48
 _FEWEST_TIMED = 8
+_DISK_SECONDS = 0.5
 
 
 @click.command("trace")
@@ -54,9 +57,12 @@ def command(
 
     `moepack simulate` reads it, and --pin of the commands that run a pack. The text is read in
     windows as by `moepack eval`. Speed of decoding and of the pack's disk are measured for a
-    second and kept in the file.
+    second and kept in the file. All of it runs on the CPU.
     """
     set_up(verbose)
+    if runtime["device"] == "cuda":
+        raise UsageError("routing is recorded on the CPU", remedy="leave out --device cuda")
+    runtime["device"] = "cpu"  # which is what auto means here
     content = read_text(text)
     from moepack_runtime.trace import TraceWriter
 
@@ -136,7 +142,7 @@ def _info(model: Any, ids: Tensor, ahead: int, top_k: int) -> TraceInfo:
         ahead=ahead,
         fixed_nbytes=runtime.budget.fixed,
         compute_ms=_compute_ms(model, ids),
-        disk_mbps=_disk_mbps(runtime.pack.folder),
+        disk_mbps=_disk_mbps(runtime.pack),
     )
 
 
@@ -152,11 +158,15 @@ def _compute_ms(model: Any, ids: Tensor) -> float | None:
     return statistics.median(times) * 1e3 if len(times) >= _FEWEST_TIMED else None
 
 
-def _disk_mbps(folder: Path) -> float | None:
-    from moepack.convert.sizing import disk_speed
+def _disk_mbps(pack: Pack) -> float | None:
+    """Of the pack's own records, one after another past the page cache where that can be."""
+    from moepack_runtime.calibrate import read_speed
 
+    records = [at for layer in pack.layers for at in layer]
+    for descriptor in {at.descriptor for at in records}:
+        osio.set_direct(descriptor, True)
     try:
-        return disk_speed(folder.parent) / 1e6
+        return read_speed(records, 1, _DISK_SECONDS) / 1e6
     except MoepackError as error:
         say(f"the speed of the disk is not known: {error}")
         return None

@@ -14,14 +14,15 @@ from .common import common_options, print_json, set_up
 
 @click.command("verify")
 @click.argument("pack")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @common_options
-def command(pack: str, as_json: bool, verbose: bool, debug: bool) -> None:
+def command(pack: str, revision: str | None, as_json: bool, verbose: bool, debug: bool) -> None:
     """Check every byte of PACK: each file's sha256, each record's and each tensor's checksum.
 
     PACK is a folder, or a Hub id, whose pack is fetched into the Hub cache first.
     """
     set_up(verbose)
-    folder = locate_pack(pack)
+    folder = locate_pack(pack, revision=revision)
     from tqdm import tqdm
 
     total = sum(entry.size for entry in read_manifest(folder).files.values())

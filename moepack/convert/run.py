@@ -18,7 +18,7 @@ from moepack import __version__
 from moepack.hub.card import model_card
 from moepack.quant import Quantizer, get_quantizer, quantize_matrix
 from moepack_formats import FORMAT_VERSION, checksum, osio
-from moepack_formats.errors import IntegrityError
+from moepack_formats.errors import FormatError, IntegrityError
 from moepack_formats.journal import FinishedFile, Journal
 from moepack_formats.layer import LayerPlan, layer_writer
 from moepack_formats.manifest import (
@@ -271,7 +271,15 @@ class _Conversion:
                 self.progress.advance(sum(_numel(t) for t in shard.tensors[:done]), shard.name)
                 start = self.plan.trunk.index(shard.tensors[0]) + done
                 rest = self.plan.mapping.trunk(start) if done < len(shard.tensors) else iter(())
-                for planned, (name, tensor) in zip(shard.tensors[done:], rest, strict=False):
+                for planned in shard.tensors[done:]:
+                    name, tensor = next(rest, ("nothing", None))
+                    if tensor is None or name != planned.target.name:
+                        raise FormatError(
+                            "the source gives its tensors in another order than planned",
+                            where=self.plan.checkpoint.source.id,
+                            wanted=planned.target.name,
+                            got=name,
+                        )
                     writer.append(self._trunk_bytes(planned, tensor))
                     self.progress.advance(_numel(planned), name)
                 facts = writer.finish()

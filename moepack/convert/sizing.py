@@ -24,6 +24,7 @@ from moepack_formats.errors import UsageError
 from moepack_formats.record import plan_record
 from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
 from moepack_runtime.experts import find_experts
+from moepack_runtime.gpu.tier import WORK_SHARE
 
 from .meta_model import build_meta_model
 from .options import INTEGER_BITS, ConvertOptions
@@ -51,6 +52,7 @@ class ModelSizes:
     Attributes:
         expert_parameters: Weights of the routed experts.
         trunk_nbytes: Everything else, as packed.
+        trunk_ram_nbytes: The same in memory on the CPU, where what is not packed is float32.
         trunk_token_nbytes: What of it a token reads.
         record_nbytes: ``{scheme: bytes of all experts}``.
         token_nbytes: ``{scheme: bytes of the experts that one token asks for}``.
@@ -58,6 +60,7 @@ class ModelSizes:
 
     expert_parameters: int
     trunk_nbytes: int
+    trunk_ram_nbytes: int
     trunk_token_nbytes: int
     record_nbytes: dict[str, int]
     token_nbytes: dict[str, int]
@@ -68,7 +71,8 @@ class Machine:
     """Room and bandwidths.
 
     Attributes:
-        vram, ram, disk: Bytes that may be used.
+        vram, ram, disk: Bytes that may be used; without ``vram`` the CPU computes.
+        fixed: What the process takes of ``ram`` before trunk and experts.
         memory_speed: Bytes a second from memory.
         disk_speed: Bytes a second from the disk.
     """
@@ -78,6 +82,19 @@ class Machine:
     disk: int
     memory_speed: float
     disk_speed: float
+    fixed: int = 0
+
+    def room(self, sizes: ModelSizes) -> int:
+        """Bytes for experts, by the rules of the runtime; negative when not even the trunk fits.
+
+        On a GPU its slots or those in host memory, whichever is more: what is in the first has
+        gone through the second, and may lie in both.
+        """
+        host = self.ram - self.fixed
+        if not self.vram:
+            return host - sizes.trunk_ram_nbytes
+        device = int(self.vram * (1 - WORK_SHARE)) - sizes.trunk_nbytes
+        return max(device, host) if min(device, host) > 0 else min(device, host)
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,12 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
         matrices = 2 + adapter.gated
         size = adapter.hidden_size * adapter.intermediate_size * matrices
         parameters += size * adapter.num_experts
-    return ModelSizes(parameters, sum(trunk.values()), token_trunk, whole, token)
+    in_memory = sum(
+        packed.get(name, tensor.numel() * (4 if tensor.is_floating_point() else tensor.itemsize))
+        for name, tensor in model.state_dict().items()
+        if name in trunk
+    )
+    return ModelSizes(parameters, sum(trunk.values()), in_memory, token_trunk, whole, token)
 
 
 def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
@@ -160,7 +182,7 @@ def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
         _fit(name, f"--scheme {name}", sizes, machine, sizes.record_nbytes[name], name)
         for name in RECIPES
     ]
-    room = machine.ram + machine.vram - sizes.trunk_nbytes
+    room = machine.room(sizes)
     low, high = sizes.record_nbytes[RECIPES[-1]], sizes.record_nbytes["q4g64"]
     if low < room < high and all(abs(room - one.nbytes) > 0.01 * room for one in found):
         bits = int(room * 800 / sizes.expert_parameters) / 100
@@ -233,7 +255,7 @@ def _fit(
 ) -> Fit:
     """A recipe whose experts take ``experts`` bytes, a token's share being as that of ``like``."""
     nbytes = sizes.trunk_nbytes + experts
-    room = machine.ram + machine.vram - sizes.trunk_nbytes
+    room = machine.room(sizes)
     resident = min(max(room / experts, 0.0), 1.0)
     token = sizes.token_nbytes[like] * experts / sizes.record_nbytes[like]
     seconds = (sizes.trunk_token_nbytes + token) / machine.memory_speed

@@ -11,6 +11,10 @@ MARK = "<!-- written by moepack: edits above are kept by taking this line out --
 """Ends a card that a later push may replace."""
 
 
+MAX_CARD_NBYTES = 4 << 20
+"""A README over this is no card and is not read: it goes through memory whole."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """What `moepack eval` measured.
@@ -99,7 +103,7 @@ every record's checksum are in `moepack.json` and the layer files' headers; `moe
 compares them.
 {measured}
 ```sh
-pip install moepack
+pip install .    # in a clone of moepack's repository
 moepack generate {place} --prompt "..."
 ```
 

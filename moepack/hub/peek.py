@@ -106,4 +106,6 @@ def _compressed_header(listing: PackListing, name: str, where: str) -> bytes:
             raise IntegrityError(f"the first frame is damaged: {error}", where=where) from None
         if len(header) == declared:
             return header
+        if len(data) > MAX_HEADER_NBYTES + _FIRST_NBYTES:
+            raise FormatError("the first frame is over the cap", where=where, got=len(data))
     raise IntegrityError("the first frame is truncated", where=where, got=os.fspath(name))

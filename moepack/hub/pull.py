@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -27,6 +28,11 @@ from moepack_runtime.hub.fetch import fetch_file, is_right, remove_unfinished
 from moepack_runtime.hub.listing import PackListing, layer_files, list_pack
 from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import RemoteRepo
+from moepack_runtime.options import format_size
+
+from .card import MAX_CARD_NBYTES
+
+_log = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 _STATE_NAME = "pull.json"
@@ -141,8 +147,11 @@ class _Pull:
 
     def _finish(self) -> None:
         remote = self._listing.remote
-        if CARD_NAME in remote.files:
-            card = remote.read_range(CARD_NAME, 0, max(remote.files[CARD_NAME].size, 1))
+        size = remote.files[CARD_NAME].size if CARD_NAME in remote.files else 0
+        if size > MAX_CARD_NBYTES:
+            _log.warning("%s has %s and is left out", CARD_NAME, format_size(size))
+        elif size:
+            card = remote.read_range(CARD_NAME, 0, size)
             osio.write_file(self._out / CARD_NAME, card)
         osio.write_file(self._out / MANIFEST_NAME, self._listing.manifest_data)
         shutil.rmtree(self._staging, ignore_errors=True)

@@ -18,7 +18,7 @@ from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import LIBRARY, RemoteRepo
 from moepack_runtime.hub.retry import retrying
 
-from .card import Quality, is_ours, model_card
+from .card import MAX_CARD_NBYTES, Quality, is_ours, model_card
 from .upload import Item, upload
 
 CARD_NAME = "README.md"
@@ -222,6 +222,8 @@ def _card(
     if there is None:
         return data
     if there.blob_id == _git_id(data):
+        return None
+    if there.size > MAX_CARD_NBYTES:  # none of ours
         return None
     shown = remote.read_range(CARD_NAME, 0, max(there.size, 1))
     # One that was edited on the Hub stays; so does one whose figures this push does not know.

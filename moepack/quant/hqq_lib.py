@@ -76,7 +76,7 @@ def _library() -> Any:
         raise UsageError(
             "hqq-lib needs the hqq library",
             got=str(error),
-            remedy="pip install 'moepack[hqq]'",
+            remedy="pip install '.[hqq]' in a clone",
         ) from error
 
 

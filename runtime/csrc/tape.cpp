@@ -96,12 +96,14 @@ void dense(const moepack_step& s, int32_t threads) {
   });
 }
 
-void embed(const moepack_step& s) {
+// False where there is no such row.
+bool embed(const moepack_step& s) {
   int64_t id = *static_cast<const int64_t*>(s.data[1]), cols = s.number[3];
+  if (id < 0 || id >= s.number[2]) return false;
   int32_t scheme = static_cast<int32_t>(s.number[0]);
   if (scheme < 0) {
     std::memcpy(s.data[0], floats(s, 2) + id * cols, static_cast<size_t>(cols) * 4);
-    return;
+    return true;
   }
   static thread_local std::vector<float> rows;
   rows.resize(static_cast<size_t>(kTileRows * cols));
@@ -109,6 +111,7 @@ void embed(const moepack_step& s) {
   const uint8_t* packed = static_cast<const uint8_t*>(s.data[2]);
   kernels().decode_tile[scheme](packed + id / kTileRows * nbytes, cols, rows.data(), cols);
   std::memcpy(s.data[0], rows.data() + id % kTileRows * cols, static_cast<size_t>(cols) * 4);
+  return true;
 }
 
 // False where float16 cannot hold what comes: all is converted before anything is written.
@@ -248,7 +251,7 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
                             static_cast<const uint8_t*>(s.data[2]), s.number[1], s.number[2],
                             s.number[3], floats(s, 1), 1, floats(s, 3), floats(s, 0), mode,
                             threads) == MOEPACK_OK;
-    case MOEPACK_EMBED: return embed(s), true;
+    case MOEPACK_EMBED: return embed(s);
     case MOEPACK_APPEND: return append(s);
     case MOEPACK_ATTEND: return attend(s, threads), true;
     case MOEPACK_EXPERTS: return experts(s, mode, threads);

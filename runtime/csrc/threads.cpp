@@ -15,6 +15,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace moepack {
@@ -54,8 +55,13 @@ class Pool {
       return;
     }
     while (workers_ < threads - 1) {
-      int id = ++workers_;
-      std::thread([this, id] { work(id); }).detach();
+      int id = workers_ + 1;
+      try {
+        std::thread([this, id] { work(id); }).detach();
+      } catch (const std::system_error&) {
+        break;  // the system gives no more: those that there are do all of it
+      }
+      workers_ = id;
     }
     body_ = body, data_ = data, chunks_ = chunks;
     threads_.store(threads, std::memory_order_relaxed);

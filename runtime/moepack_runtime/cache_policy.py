@@ -103,7 +103,7 @@ class PerLayer:
 
 
 class Pinned:
-    """Never gives up certain experts once they are resident.
+    """Gives up certain experts only when nothing else is left.
 
     Args:
         policy: Decides about the others.
@@ -127,8 +127,9 @@ class Pinned:
         self._policy.remove(key)
 
     def victim(self, usable: Callable[[Key], bool], incoming: Key | None) -> Key | None:
-        """One that is not pinned."""
-        return self._policy.victim(lambda key: key not in self._pins and usable(key), incoming)
+        """One that is not pinned; a pin only where slots have become so few that all hold pins."""
+        other = self._policy.victim(lambda key: key not in self._pins and usable(key), incoming)
+        return self._policy.victim(usable, incoming) if other is None else other
 
     def observe(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """See :class:`Observing`."""

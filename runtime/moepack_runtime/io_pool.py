@@ -45,7 +45,8 @@ class IoPool:
 
     def __init__(self, threads: int) -> None:
         self._queues: tuple[deque[Read], deque[Read]] = (deque(), deque())
-        lock = threading.Lock()
+        # Reentrant: the garbage collector may close a forgotten model on a thread that holds it.
+        lock = threading.RLock()
         self._work, self._finished = threading.Condition(lock), threading.Condition(lock)
         self._closing = False
         self._threads = [
@@ -86,14 +87,18 @@ class IoPool:
                 self._finished.wait()
 
     def close(self) -> None:
-        """End the threads after the jobs that are queued."""
+        """End the threads after the jobs that are queued.
+
+        On one of these very threads, where the garbage collector may close a forgotten model,
+        nobody is waited for: another one may want the lock that this one holds.
+        """
         with self._work:
             self._closing = True
             self._work.notify_all()
+        if threading.current_thread() in self._threads:
+            return
         for thread in self._threads:
-            # The garbage collector may close a forgotten model from one of these very threads.
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
 
     def _serve(self) -> None:
         demands, guesses = self._queues

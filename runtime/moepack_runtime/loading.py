@@ -16,7 +16,7 @@ from moepack_formats.errors import FormatError
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
 
-from . import plugin  # noqa: F401 - importing registers
+from . import plugin
 from .auto_class import auto_class_of
 from .gpu.tier import resolve_device
 from .hub.locate import locate_pack
@@ -60,6 +60,8 @@ def load_pack(
                 trust_remote_code=False,
             )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if plugin.is_built(error):  # a defect of ours or of transformers, and not the config's
+            raise
         raise FormatError(
             "transformers cannot build the model that config.json describes",
             where=path,
@@ -100,7 +102,7 @@ def _auto_class(path: Path) -> Any:
     try:
         family = json.loads((path / "config.json").read_bytes())[BASE_MODEL_TYPE_KEY]
         config_class = CONFIG_MAPPING[family]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise FormatError(
             "config.json names no family that transformers knows", where=path, got=error
         ) from None

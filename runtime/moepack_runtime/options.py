@@ -22,6 +22,8 @@ ACTIVATIONS = ("int8", "float")
 DEVICES = ("auto", "cpu", "cuda")
 HYBRID_MODES = ("off", "on", "auto")
 SCOPES = ("global", "layer")
+MAX_THREADS = 1024
+"""More of them the system may refuse in the middle of a computation."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -93,6 +95,9 @@ class RuntimeOptions:
         ):
             if number is not None and number < 1:
                 raise UsageError(f"too few {what}", wanted="1 or more", got=number)
+        for what, number in (("threads", self.threads), ("I/O threads", self.io_threads)):
+            if number is not None and number > MAX_THREADS:
+                raise UsageError(f"too many {what}", wanted=f"{MAX_THREADS} or less", got=number)
         for name, value, known in (
             ("engine", self.engine, ENGINES),
             ("activations", self.activations, ACTIVATIONS),

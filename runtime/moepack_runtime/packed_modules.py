@@ -85,7 +85,13 @@ class PackedEmbedding(nn.Module):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``."""
+        """Token ids ``[...]`` to embeddings ``[..., embedding_dim]``.
+
+        Raises:
+            IndexError: An id is not one of the ``num_embeddings`` rows. On a GPU, which is not
+                waited for, the device's next error is that.
+        """
+        self._check(ids)
         if ids.numel() == 1:  # a GPU need not be waited for to know what is unique
             wanted, place = (ids // TILE_ROWS).reshape(1), torch.zeros_like(ids)
         else:
@@ -98,6 +104,19 @@ class PackedEmbedding(nn.Module):
         else:
             rows = self.engine.decode(self.packed, self.scheme, self.shape, self.dtype, wanted)
         return rows[place * TILE_ROWS + ids % TILE_ROWS]
+
+    def _check(self, ids: Tensor) -> None:
+        """Beyond the last row lie padding and other tensors' bytes."""
+        if ids.numel() == 0:
+            return
+        low, high = ids.aminmax()
+        if not ids.is_cpu:
+            torch._assert_async((low >= 0) & (high < self.num_embeddings))
+        elif not 0 <= int(low) <= int(high) < self.num_embeddings:
+            raise IndexError(
+                f"token id out of range: wanted 0 to {self.num_embeddings - 1}, "
+                f"got {int(low)} to {int(high)}"
+            )
 
     def extra_repr(self) -> str:
         """One line for print(model)."""

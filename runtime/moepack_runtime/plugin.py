@@ -9,7 +9,9 @@ without this plug-in it refuses a pack instead of running it on random experts.
 from __future__ import annotations
 
 import re
+import traceback
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -73,7 +75,17 @@ class PackRuntime:
         pack: Pack,
         stored: dict[str, tuple[int, ...]],
         dtype: torch.dtype,
+        opened: ExitStack,
     ) -> None:
+        """Install what computes a pack in a model on the meta device.
+
+        Args:
+            model: The model.
+            pack: Its pack.
+            stored: Shapes of the trunk's tensors.
+            dtype: What the trunk computes in.
+            opened: Takes what has to be closed when loading fails after all.
+        """
         self.pack, self.stats = pack, Statistics()
         self.tape: TapeForward | None = None
         self.left_in_file: list[str] = []
@@ -94,12 +106,13 @@ class PackRuntime:
         self.bias: CacheBias | None = None
         self.budget = open_budget(pack, options)
         if self.device.type == "cuda" or options.link is not None:
-            self._install_on_device(model, options, trunk_nbytes(model, dtype))
+            self._install_on_device(model, options, trunk_nbytes(model, dtype), opened)
             return
         if not self.budget.holds(trunk_nbytes(model, dtype)):
             self.left_in_file = leave_embeddings(model, pack)
         self.budget = self.budget.with_trunk(trunk_nbytes(model, dtype))
         self.residency: Residency = open_residency(pack, options, self.budget, self.stats)
+        opened.callback(self.residency.close)
         shared = adapters, self.residency, self.stats
         self.bias = CacheBias(*shared, options.cache_bias) if options.cache_bias else None
         self.speculator: Speculator | None = None
@@ -122,7 +135,7 @@ class PackRuntime:
             self.bias.install(model)
 
     def _install_on_device(
-        self, model: PreTrainedModel, options: RuntimeOptions, nbytes: int
+        self, model: PreTrainedModel, options: RuntimeOptions, nbytes: int, opened: ExitStack
     ) -> None:
         """Experts in GPU memory; ``nbytes`` of it are the trunk's.
 
@@ -132,6 +145,7 @@ class PackRuntime:
         if options.cache_bias:
             raise UsageError("routing is nudged on the CPU only", remedy="leave out --cache-bias")
         tier = open_tier(self.pack, options, self.device, nbytes, self.adapters, self.stats)
+        opened.callback(tier.residency.close)
         self.tier, self.residency, self.speculator = tier, tier.residency, None
         guesses = None
         if options.prefetch and isinstance(tier.residency, DeviceCache):
@@ -223,25 +237,24 @@ class MoepackQuantizer(HfQuantizer):
         # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
         folder = Path(checkpoint_files[0]).parent
         complete_snapshot(folder)
-        pack = Pack(folder)
-        try:
+        with ExitStack() as opened:
+            pack = Pack(folder)
+            opened.callback(pack.close)
             stored = check_trunk(pack)
-            runtime = PackRuntime(model, pack, stored, dtype or model.dtype)
-        except BaseException:
-            pack.close()
-            raise
-        _untie_packed(model, pack)
-        if runtime.left_in_file:
-            # Names for patterns, and on this model alone: the class serves others too.
-            known = model._keys_to_ignore_on_load_unexpected or ()
-            names = [re.escape(name) for name in runtime.left_in_file]
-            cast(Any, model)._keys_to_ignore_on_load_unexpected = {*known, *names}
-        register_experts_function()
-        model.set_experts_implementation(IMPLEMENTATION)
-        cast(Any, model).moepack = runtime
-        runtime.record_decoding(model)
-        # Not runtime.close: the runtime knows the model, and would keep it alive.
-        weakref.finalize(model, _close, runtime.residency, pack)
+            runtime = PackRuntime(model, pack, stored, dtype or model.dtype, opened)
+            _untie_packed(model, pack)
+            if runtime.left_in_file:
+                # Names for patterns, and on this model alone: the class serves others too.
+                known = model._keys_to_ignore_on_load_unexpected or ()
+                names = [re.escape(name) for name in runtime.left_in_file]
+                cast(Any, model)._keys_to_ignore_on_load_unexpected = {*known, *names}
+            register_experts_function()
+            model.set_experts_implementation(IMPLEMENTATION)
+            cast(Any, model).moepack = runtime
+            runtime.record_decoding(model)
+            # Not runtime.close: the runtime knows the model, and would keep it alive.
+            weakref.finalize(model, _close, runtime.residency, pack)
+            opened.pop_all()  # from here on all of it ends with the model
         return model
 
     def _process_model_after_weight_loading(
@@ -267,6 +280,23 @@ class MoepackQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packs are for inference."""
         return False
+
+
+def is_built(error: BaseException) -> bool:
+    """Whether an error of ``from_pretrained`` came after the model was built from its config.
+
+    The quantizer's first method is called on the built model; whatever is raised later has gone
+    through it, or through what loads weights into the model.
+    """
+    after = {
+        MoepackQuantizer._process_model_before_weight_loading.__code__,
+        MoepackQuantizer._process_model_after_weight_loading.__code__,
+    }
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        frame.f_code in after or frame.f_code.co_name == "_load_pretrained_model"
+        for frame, _ in frames
+    )
 
 
 def _close(residency: Residency, pack: Pack) -> None:

@@ -84,6 +84,11 @@ class Residency(Protocol):
         """End threads and let go of memory."""
 
 
+def fixed_nbytes() -> int:
+    """What a process that runs a pack takes besides trunk and experts, seen from this process."""
+    return own_nbytes() + OVERHEAD_NBYTES + SLACK
+
+
 def open_budget(pack: Pack, options: RuntimeOptions) -> Budget:
     """What a process may take that runs a pack, and what it needs besides the trunk."""
     sizes = record_sizes(pack)

@@ -114,7 +114,7 @@ def _figure() -> tuple[Figure, Axes]:
     except ImportError:
         raise UsageError(
             "figures need matplotlib, which is not installed",
-            remedy="run `pip install matplotlib` or install moepack[bench]",
+            remedy="run `pip install matplotlib`",
         ) from None
     # No pyplot: nothing global is touched, and no display is looked for.
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")

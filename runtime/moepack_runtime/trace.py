@@ -189,7 +189,7 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError:
         raise UsageError(
             "routing traces need pyarrow, which is not installed",
-            remedy="run `pip install pyarrow` or install moepack[bench]",
+            remedy="run `pip install pyarrow`",
         ) from None
     return pyarrow, pyarrow.parquet
 

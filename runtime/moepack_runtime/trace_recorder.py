@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moepack_formats.errors import UsageError
+
 from .early_routers import EarlyRouters
 from .trace import NOTHING, Experts, Routing, Weights
 
@@ -22,10 +24,17 @@ class RoutingRecorder:
         model: A loaded pack.
         ahead: How many layers ahead routers are asked; 0 for not at all.
         guesses: Experts kept of each answer; None for as many as the largest layer has.
+
+    Raises:
+        UsageError: The model runs on a GPU.
     """
 
     def __init__(self, model: Any, ahead: int = 0, guesses: int | None = None) -> None:
         self._model, self._runtime = model, model.moepack
+        if self._runtime.tier is not None:
+            raise UsageError(
+                "routing is recorded on the CPU", remedy='load the pack with device="cpu"'
+            )
         adapters = self._runtime.adapters
         self._sizes = [adapter.num_experts for adapter in adapters]
         self._ahead, self._kept = ahead, guesses or max(self._sizes)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moepack_formats import checksum, osio
 from moepack_formats.errors import FormatError, IntegrityError, ResourceError
+from moepack_formats.manifest import PACKED_SUFFIX
 from moepack_formats.pack import Pack
 from moepack_formats.paths import resolve_inside
 from moepack_formats.tensor_file import read_header
@@ -49,6 +50,14 @@ def check_trunk(pack: Pack) -> dict[str, tuple[int, ...]]:
                         "a trunk tensor's bytes are damaged",
                         where=f"{name}: {tensor.name}",
                         remedy="restore the file or convert again",
+                    )
+                is_packed = tensor.name.removesuffix(PACKED_SUFFIX) in pack.manifest.packed
+                if is_packed and tensor.dtype != "U8":
+                    raise FormatError(
+                        "packed bytes of another dtype",
+                        where=f"{name}: {tensor.name}",
+                        wanted="U8",
+                        got=tensor.dtype,
                     )
                 seen[tensor.name] = tensor.shape
     missing = sorted(pack.manifest.trunk.keys() - seen)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from moepack.hub.card import MAX_CARD_NBYTES
+from tests.commands import ASSETS
 from tests.hub.conftest import Client, files_of
 from tests.hub.hub_server import TOKEN
 from tests.hub.hub_store import HubFile
@@ -110,8 +112,10 @@ def test_a_push_does_not_write_over_other_weights(client: Client, pack: Path) ->
 
 
 def test_model_card(client: Client, own_pack: Path, tmp_path: Path) -> None:
-    quality = tmp_path / "quality.json"
-    quality.write_text('{"perplexity": 12.5, "tokens": 4000, "text": "alice29.txt"}')
+    quality, text = tmp_path / "quality.json", ASSETS / "text" / "tiny-moe-valid.txt"
+    evaluated = client.ok("eval", own_pack, "--text", text, "--max-tokens", 20, "--json")
+    quality.write_text(evaluated)
+    perplexity = json.loads(evaluated)["perplexity"]
     values = json.loads((own_pack / "moepack.json").read_bytes())
     values["source"] = {"id": "org/model", "revision": "f" * 40, "license": "apache-2.0"}
     (own_pack / "moepack.json").write_text(json.dumps(values))
@@ -125,7 +129,8 @@ def test_model_card(client: Client, own_pack: Path, tmp_path: Path) -> None:
         "- moe",
         "- quantized",
         "true bits",
-        "perplexity 12.5",
+        f"perplexity {perplexity:.4f} on tiny-moe-valid.txt (19 tokens",
+        "pip install . ",
         "moepack generate me/pack",
         "f" * 40,
     ):
@@ -156,3 +161,12 @@ def replace_file(folder: Path, name: str, data: bytes) -> None:
     values = json.loads((folder / "moepack.json").read_bytes())
     values["files"][name] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "moepack.json").write_text(json.dumps(values))
+
+
+def test_a_readme_that_is_too_large_is_not_read(
+    client: Client, own_pack: Path, tmp_path: Path
+) -> None:
+    client.ok("push", own_pack, "me/pack")
+    client.hub.store.put("me/pack", {"README.md": b"x" * (MAX_CARD_NBYTES + 1)})
+    client.ok("pull", "me/pack", tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,10 @@ import pytest
 import torch
 
 import moepack
-from moepack import cli
+from moepack import cli, speed
+from moepack.commands.common import print_json
+from moepack_formats.errors import ResourceError, UsageError
+from moepack_runtime.options import RuntimeOptions
 from tests.commands import Command, edit_json
 
 COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
@@ -208,6 +213,59 @@ def test_a_reader_that_leaves_is_no_error(pack: Path, arguments: list[str]) -> N
     child.stderr.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 5, "Broken pipe"),
+        (EOFError("Ran out of input"), 1, "unexpected EOFError: Ran out of input"),
+        (SystemExit("a library gave up"), 1, "a library gave up"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=repr,
+)
+def test_what_libraries_raise_is_no_good_end(
+    command: Command,
+    pack: Path,
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", broken)
+    assert words in command("inspect", pack).error(code)
+
+
+@pytest.mark.parametrize(("code", "wanted"), [(None, 0), (0, 0), (7, 7)])
+def test_a_library_s_exit_code_is_passed_on(
+    command: Command,
+    pack: Path,
+    code: int | None,
+    wanted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ends(*_: object) -> None:
+        sys.exit(code)
+
+    monkeypatch.setattr("moepack.commands.inspect_command.Pack", ends)
+    assert command("inspect", pack).code == wanted
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "during"])
+def test_a_peer_that_was_killed_is_an_error(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for llama.cpp's process."""
+    runner = object.__new__(speed.LlamaRunner)
+    runner._pipe, other = multiprocessing.Pipe()
+    if before:
+        other.close()
+    else:
+        monkeypatch.setattr(runner._pipe, "send", lambda _: other.close(), raising=False)
+    with pytest.raises(ResourceError, match=r"llama\.cpp's process ended"):
+        runner.prefill([1, 2])
+
+
 def test_main_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["moepack", "nonsense"])
     with pytest.raises(SystemExit) as exit_:
@@ -347,3 +405,54 @@ def test_pack_given_as_a_link(command: Command, pack: Path, tmp_path: Path) -> N
     link = tmp_path / "link"
     link.symlink_to(pack)
     assert command("verify", link).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        *((["generate", "pack", "--prompt", "x", "--io", "mmap", *o], o[0]) for o in (
+            ["--slots", 4], ["--policy", "lru"], ["--scope", "global"], ["--cache-bias", 0.1],
+        )),
+        *((["bench", "pack", "--ablation", *o], o[0]) for o in (
+            ["--rounds", 3], ["--context-tokens", 128], ["--no-prefetch"],
+        )),
+        (["bench", "pack", "--simulate-link", "1GB"], "--simulate-link"),
+        (["convert", "src", "out", "--scheme", "q4g64", "--mix", "none"], "--mix"),
+        (["convert", "src", "out", "--scheme", "q4g64", "--expert-bits", 3], "--expert-bits"),
+        (["convert", "src", "out", "--calibrate-tokens", 99], "--calibrate-tokens"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_an_option_that_would_do_nothing(
+    command: Command, arguments: list[object], option: str
+) -> None:
+    assert f"{option} does nothing with" in command(*arguments).error(2).replace(
+        "--prefetch", "--no-prefetch"
+    )
+
+
+def test_mapped_files_have_no_hits(command: Command, pack: Path) -> None:
+    few = ["--prompt", "x", "--max-new-tokens", 3, "--threads", 1]
+    values = command("generate", pack, *few, "--io", "mmap", "--json").json
+    assert [values[n] for n in ("hits", "misses", "hit_ratio", "bytes_read")] == [None] * 4
+    result = command("generate", pack, *few, "--io", "mmap")
+    assert "cache hits not known: the page cache decides" in result.err
+    values = command("generate", pack, *few, "--io", "buffered", "--json").json
+    assert values["hits"] + values["misses"] > 0
+
+
+def test_verify_takes_a_revision(command: Command, pack: Path) -> None:
+    assert "--revision" in command("verify", "--help").out
+    assert command("verify", pack, "--revision", "main").code in (0, 2)
+
+
+def test_too_many_threads(command: Command) -> None:
+    result = command("generate", "pack", "--prompt", "x", "--threads", 1_000_000)
+    assert result.code == 2
+    with pytest.raises(UsageError, match="too many threads"):
+        RuntimeOptions(threads=1_000_000)
+
+
+def test_json_has_no_nan_in_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [1.0, float("nan"), {"b": (float("inf"),)}]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.0, None, {"b": [None]}]}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moepack_runtime import tape
 from tests.commands import Child, Command, Result, edit_json, wait_for
 
 PROMPT = "Alice was beginning to get very tired"
@@ -60,7 +61,7 @@ def test_stdout_holds_the_text_alone(generate: Command) -> None:
     assert values.json["new_tokens"] == 8
     assert values.json["prompt_tokens"] > 4
     assert values.json["decode_tokens_per_s"] > 0
-    assert 0 <= values.json["hit_ratio"] <= 1
+    assert values.json["hit_ratio"] is None  # the pack fits, and is mapped
     lines = plain.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("8 tokens, ")
@@ -215,3 +216,33 @@ def say_hello() -> None:
 def test_json_is_one_object_whatever_the_text(generate: Command) -> None:
     values = generate("--prompt", 'quotes " and \\ and \n', "--seed", 1, "--json")
     assert json.loads(values.out) == values.json
+
+
+def test_a_stop_text_ends_the_reply(command: Command, pack: Path) -> None:
+    brief = ["generate", pack, "--prompt", "x", "--greedy", "--threads", 1, "--json"]
+    whole = command(*brief, "--max-new-tokens", 8).json
+    stop = whole["text"][2:5]
+    ended = command(*brief, "--max-new-tokens", 8, "--stop", stop, "--stop", "never so").json
+    assert ended["new_tokens"] < whole["new_tokens"]
+    assert whole["text"].startswith(ended["text"])
+    assert stop in ended["text"]
+    assert "--stop is empty" in command(*brief, "--stop", "").error(2)
+
+
+def test_repetition_is_penalized_and_unlikely_tokens_left_out(command: Command, pack: Path) -> None:
+    brief = ["generate", pack, "--prompt", "x", "--max-new-tokens", 12, "--threads", 1, "--json"]
+    greedy = command(*brief, "--greedy").json["text"]
+    assert command(*brief, "--greedy", "--repetition-penalty", 50).json["text"] != greedy
+    assert command(*brief, "--min-p", 1).json["text"] == greedy
+    assert "--min-p" in command(*brief, "--greedy", "--min-p", 0.5).error(2)
+
+
+def test_recording_can_be_left_out(
+    command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[object] = []
+    install = tape.install
+    monkeypatch.setattr(tape, "install", lambda *a: installed.append(a) or install(*a))
+    brief = ["generate", pack, "--prompt", "x", "--max-new-tokens", 3, "--threads", 1]
+    assert command(*brief, "--no-record").code == 0
+    assert not installed

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from moepack_formats.errors import UsageError
 from tests.packs import make_pack
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -71,7 +74,34 @@ def test_without_lm_eval_the_command_says_so() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("moepack: lm-eval is missing")
-    assert done.stderr.endswith("pip install 'moepack[lm-eval]'\n")
+    assert done.stderr.endswith("pip install '.[lm-eval]' in a clone\n")
+
+
+def test_the_harness_s_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against stand-ins, as above."""
+    loaded: dict[str, object] = {}
+
+    class Loaded(Exception):
+        pass
+
+    def load(_: str, **options: object) -> None:
+        loaded.update(options)
+        raise Loaded
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["lm_eval.models.huggingface"], "HFLM", object, raising=False)
+    monkeypatch.delitem(sys.modules, "moepack.lm_eval", raising=False)
+    module = importlib.import_module("moepack.lm_eval")
+    monkeypatch.delitem(sys.modules, "moepack.lm_eval")
+    monkeypatch.setattr(module, "load_pack", load)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for device, wanted in (("cpu", "cpu"), ("cuda:0", "auto"), ("cuda", "auto"), (None, "auto")):
+        with pytest.raises(Loaded):
+            module.PackLM("pack", device=device)
+        assert (loaded["device"], loaded["dtype"]) == (wanted, None)
+    with pytest.raises(UsageError, match="no such device"):
+        module.PackLM("pack", device="mps")
 
 
 def test_scores_are_the_model_s(tiny: Path) -> None:

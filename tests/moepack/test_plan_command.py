@@ -14,6 +14,8 @@ from moepack.convert.meta_model import build_meta_model
 from moepack.convert.sizing import Machine, best, recipes, sizes_of
 from moepack_formats.errors import UsageError
 from moepack_formats.schemes import SCHEMES
+from moepack_runtime.loading import load_pack
+from moepack_runtime.residency import fixed_nbytes
 from tests import families
 from tests.packs import make_pack
 
@@ -61,7 +63,7 @@ def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None
 def test_more_memory_is_more_bits() -> None:
     sizes = sizes_of(CONFIG)
     rooms = (3_018_656, 3_618_656, 6_318_656)  # beside the trunk
-    chosen = [best(recipes(sizes, machine(sizes.trunk_nbytes + room))) for room in rooms]
+    chosen = [best(recipes(sizes, machine(sizes.trunk_ram_nbytes + room))) for room in rooms]
     assert [one.resident for one in chosen] == [1, 1, 1]
     assert chosen[0].bits < chosen[1].bits < chosen[2].bits
     assert chosen[1].name.startswith("mixed")
@@ -81,7 +83,39 @@ def test_nothing_fits(ram: int, disk: int) -> None:
         best(recipes(sizes_of(CONFIG), machine(ram, disk)))
 
 
-def test_only_the_config_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_the_room_is_what_generate_gets(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, process = "q3g16s5", 300 << 20
+    monkeypatch.setattr("moepack_runtime.residency.own_nbytes", lambda: process)
+    make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn")
+    sizes, fixed = sizes_of(CONFIG), fixed_nbytes()
+    ram = int(fixed + sizes.trunk_ram_nbytes + share * sizes.record_nbytes[scheme])
+    model = load_pack(tmp_path, ram=ram, io="buffered", device="cpu")
+    plan = Machine(0, ram, 1 << 40, memory_speed=40e9, disk_speed=1e9, fixed=fixed)
+    budget = model.moepack.budget
+    (fit,) = [one for one in recipes(sizes, plan) if one.name == scheme]
+    assert fit.resident == pytest.approx(budget.for_slots / budget.everything, abs=0.01)
+    assert fit.resident == pytest.approx(share, abs=0.01)
+
+
+def test_on_a_gpu_the_trunk_and_an_expert_in_both_memories_count_once() -> None:
+    sizes = sizes_of(CONFIG)
+    trunk = sizes.trunk_nbytes
+    for vram, ram, room in (
+        (2 * trunk, 3 << 20, max(int(2 * trunk * 0.98) - trunk, 2 << 20)),
+        (2 * trunk, 1 << 30, (1 << 30) - (1 << 20)),
+        (trunk, 1 << 30, int(trunk * 0.98) - trunk),  # not even the trunk fits
+    ):
+        plan = Machine(vram, ram, 1 << 40, memory_speed=40e9, disk_speed=1e9, fixed=1 << 20)
+        assert plan.room(sizes) == room
+
+
+def test_only_the_config_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepack_runtime.residency.fixed_nbytes", lambda: 0)
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(TINY / "config.json", source)

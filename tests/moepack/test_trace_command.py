@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 import pytest
 
+from moepack.commands import trace_command
+from moepack_formats.errors import UsageError
+from moepack_runtime.gpu.simulated_link import LinkSpec
+from moepack_runtime.loading import load_pack
 from moepack_runtime.policies import policy_names
 from moepack_runtime.trace import read_trace
+from moepack_runtime.trace_recorder import RoutingRecorder
 from tests.commands import ASSETS, Command
 
 TEXT = ASSETS / "text" / "tiny-moe-valid.txt"
@@ -180,3 +186,35 @@ def test_what_a_cache_bias_costs(pack: Path, command: Command) -> None:
 def test_json_says_how_often_prefetch_stopped(pack: Path, command: Command) -> None:
     result = command("bench", pack, "--max-new-tokens", 2, "--rounds", 1, "--json")
     assert json.loads(result.out)["prefetch_stops"] == 0
+
+
+def test_a_trace_is_recorded_on_the_cpu(
+    command: Command, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is not taken where there is one, and refused where it is asked for."""
+    arguments = ["trace", pack, tmp_path / "a.parquet", "--text", TEXT, "--max-tokens", 3]
+    assert "recorded on the CPU" in command(*arguments, "--device", "cuda").error(2)
+    loaded: dict[str, Any] = {}
+    load = trace_command.load
+    monkeypatch.setattr(trace_command, "load", lambda p, **o: loaded.update(o) or load(p, **o))
+    assert command(*arguments).code == 0
+    assert loaded["device"] == "cpu"
+
+
+def test_a_recorder_refuses_a_model_on_a_device(pack: Path) -> None:
+    model = load_pack(pack, link=LinkSpec(), device="cpu", hybrid="off")
+    with pytest.raises(UsageError, match="recorded on the CPU"):
+        RoutingRecorder(model)
+    model.moepack.close()
+
+
+def test_the_disk_is_measured_on_the_pack_and_nothing_is_written(
+    command: Command, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr("moepack.convert.sizing.NamedTemporaryFile", refuse)
+    out = tmp_path / "a.parquet"
+    assert command("trace", pack, out, "--text", TEXT, "--max-tokens", 3).code == 0
+    assert read_trace(out).info.disk_mbps

@@ -22,10 +22,14 @@ from transformers import (
 
 import moepack
 from moepack_formats.errors import FormatError, MoepackError, UsageError
+from moepack_formats.pack import Pack
 from moepack_runtime.calibrate import DEFAULT_THREADS
 from moepack_runtime.loading import load_pack, load_tokenizer
+from moepack_runtime.slot_cache import SlotCache
+from moepack_runtime.trunk import check_trunk
 from tests import families
 from tests.commands import edit_json
+from tests.moepack.pack_edits import edit_header
 
 PROMPT = "Alice was beginning to get very tired"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -327,3 +331,39 @@ def test_closing_by_hand(damaged: Path) -> None:
     model = load_pack(damaged, io="buffered")
     model.moepack.close()
     assert descriptors(damaged) == []
+
+
+def test_a_load_that_fails_late_ends_its_threads(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the garbage collector, which comes when it likes."""
+    closed: list[object] = []
+    close = SlotCache.close
+    monkeypatch.setattr(SlotCache, "close", lambda self: (closed.append(self), close(self)))
+
+    def fails(*_: object) -> None:
+        raise AttributeError("a defect")
+
+    for target in ("Speculator", "_untie_packed"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"moepack_runtime.plugin.{target}", fails)
+            # A defect of ours is not called the config's fault.
+            with pytest.raises(AttributeError, match="a defect"):
+                load_pack(damaged, io="buffered")
+    assert len(closed) == 2
+
+
+def test_a_config_nested_too_deeply(damaged: Path) -> None:
+    (damaged / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(FormatError):
+        load_pack(damaged)
+
+
+def test_packed_bytes_are_bytes(damaged: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        name = next(name for name in header if name.endswith(".packed"))
+        header[name]["dtype"] = "I8"
+
+    edit_header(damaged / "model.safetensors", change)
+    with Pack(damaged) as opened, pytest.raises(FormatError, match="packed bytes of another dtype"):
+        check_trunk(opened)

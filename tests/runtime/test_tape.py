@@ -26,10 +26,11 @@ NOT_PLAYED = {
 IDS = families.tokens(batch=1, length=14)
 
 
-def convert(family: str, folder: Path) -> Path:
+def convert(family: str, folder: Path, **options: Any) -> Path:
     model = families.random_model(family)
     families.save_checkpoint(model, folder / "source")
-    make_pack(folder / "source", folder / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    options = {"attn_bits": 4, "expert_bits": 3, "quantizer": "rtn", **options}
+    make_pack(folder / "source", folder / "pack", **options)
     return folder / "pack"
 
 
@@ -217,3 +218,66 @@ def test_elementwise_steps(kind: str, size: int) -> None:
         "fill": lambda: torch.full_like(x, -1.0),
     }.get(kind, lambda: getattr(torch, kind)(x))()
     torch.testing.assert_close(out, wanted, atol=1e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("head_bits", [4, 16])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_token_that_is_not_of_the_vocabulary(
+    head_bits: int, recorded: bool, pack: Path, tmp_path: Path
+) -> None:
+    """As stock torch's embedding, whether tokens are played or not; what follows is unharmed."""
+    folder = pack if head_bits == 16 else convert("olmoe", tmp_path, head_bits=head_bits)
+    model = load_pack(folder)
+    embedding = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    cache = None
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+        for i in range(3, 5 if recorded else 3):
+            model(input_ids=IDS[:, i : i + 1], past_key_values=cache, use_cache=True)
+        assert model.moepack.tape.playing == recorded
+        for wrong in (-1, rows, rows + 15, 1 << 40):
+            with pytest.raises(IndexError):
+                model(input_ids=torch.tensor([[wrong]]), past_key_values=cache, use_cache=True)
+            with pytest.raises(IndexError):
+                embedding(torch.tensor([[0, wrong]]))
+        model(input_ids=IDS[:, 5:6], past_key_values=model(IDS[:, :5]).past_key_values)
+    assert model.moepack.tape.playing
+
+
+@pytest.mark.parametrize("scheme", [-1, 2])
+@pytest.mark.parametrize("token", [-1, 5])
+def test_the_library_refuses_a_row_that_is_not_there(scheme: int, token: int) -> None:
+    from moepack_runtime.kernels import native
+    from moepack_runtime.tape.lower import embedding_step
+    from moepack_runtime.tape.steps import NativeStep
+
+    if native.available() is None:
+        pytest.skip("needs the native library")
+    memory = torch.zeros(1 << 14, dtype=torch.uint8)  # more rows than the step says
+    out, ids = torch.empty(64), torch.tensor([token])
+    step = embedding_step(out, memory[4096:], ids, (scheme, 4096, 5, 64))
+    assert native.play((NativeStep * 1)(step), 0, 1, True, 1) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_recording_that_is_cut_short_leaves_the_cache_as_it_was(
+    error: type[BaseException], pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moepack_runtime.tape.forward import TapeForward
+
+    record, passes = TapeForward._recorded, []
+
+    def cut(*arguments: Any) -> Any:
+        passes.append(record(*arguments))
+        if len(passes) == 2:
+            raise error
+        return passes[-1]
+
+    model = load_pack(pack)
+    monkeypatch.setattr(TapeForward, "_recorded", cut)
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+        with pytest.raises(error):
+            model(input_ids=IDS[:, 3:4], past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 3

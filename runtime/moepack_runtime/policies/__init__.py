@@ -68,6 +68,11 @@ def policy_names() -> list[str]:
     return sorted(info.name.replace("_", "-") for info in pkgutil.iter_modules(__path__))
 
 
+def runnable_names() -> list[str]:
+    """Names of the policies that a cache can run: those that need not know the future."""
+    return [name for name in policy_names() if not isinstance(get_policy(name)(), Offline)]
+
+
 def get_policy(name: str) -> Callable[[], Policy]:
     """The class of a policy.
 

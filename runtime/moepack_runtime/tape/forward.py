@@ -59,6 +59,7 @@ class TapeForward:
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
         self._computes, self._engine, self._stats = computes, engine, stats
+        self._rows = cast(Any, model).get_input_embeddings().num_embeddings
         self._speculator = speculator
         self._answers: Answers = {}
         self._player: Player | None = None
@@ -104,6 +105,9 @@ class TapeForward:
                     _rewind(layers, position)
                     self._give_up(str(reason))
                     return self._forward(self._model(), *args, **kwargs)
+                except BaseException:  # Ctrl-C, a record that cannot be read
+                    _rewind(layers, position)
+                    raise
             assert self._player is not None
             assert self._output is not None
             logits = self._play(self._player, token, position, layers)
@@ -144,7 +148,10 @@ class TapeForward:
             isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())
         ):
             return None
-        return int(ids), layers
+        token = int(ids)
+        if not 0 <= token < self._rows:  # the embedding's own error says so
+            return None
+        return token, layers
 
     def _record(self, token: int, layers: list[GrowingLayer]) -> None:
         """Record a token and another one after it, then see that both are played right.

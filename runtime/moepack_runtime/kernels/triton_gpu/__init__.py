@@ -53,6 +53,6 @@ def open_engine(engine: str, device: torch.device) -> Engine:
     except ImportError as error:
         raise UsageError(
             f"Triton cannot be imported: {error}",
-            remedy="pip install 'moepack[gpu]', or --engine reference (many times slower)",
+            remedy="pip install '.[gpu]' in a clone, or --engine reference (many times slower)",
         ) from None
     return TritonEngine(f"triton (compute capability {capability[0]}.{capability[1]})")

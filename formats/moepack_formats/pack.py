@@ -74,8 +74,9 @@ class Pack:
         self.manifest = read_manifest(folder)
         self.files: list[LayerFile] = []
         try:
+            layer_files = {name for layer in self.manifest.layers for name in layer.files}
             for name in self.manifest.files:
-                self._check_present(name)
+                self._check_present(name, is_layer=name in layer_files)
             self.layers = [self._open_layer(entry) for entry in self.manifest.layers]
         except BaseException:
             self.close()
@@ -93,7 +94,7 @@ class Pack:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_present(self, name: str) -> None:
+    def _check_present(self, name: str, *, is_layer: bool) -> None:
         path, facts = resolve_inside(self.folder, name), self.manifest.files[name]
         try:
             with osio.io_errors(name):
@@ -106,7 +107,6 @@ class Pack:
             raise FormatError("not a regular file", where=name)
         # A layer file's size is checked with its header, which tells the expert. Others that are
         # not tensors may be edited by hand; `verify` reports them.
-        is_layer = any(name in layer.files for layer in self.manifest.layers)
         if facts.header_xxh3 is not None and not is_layer and found.st_size != facts.size:
             raise IntegrityError(
                 "the file has another size than when it was written",

@@ -149,12 +149,12 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan
     sizes = Sizes(
         expert_parameters=sum(layer.specs[i].parameters for layer in layers for i in layer.spec_of),
         expert_nbytes=sum(layer.nbytes for layer in layers),
-        trunk_parameters=sum(_numel(tensor.target.shape) for tensor in trunk),
+        trunk_parameters=sum(math.prod(tensor.target.shape) for tensor in trunk),
         trunk_nbytes=trunk_nbytes,
         source_nbytes=sum(checkpoint.nbytes(key) for key in checkpoint.keys()),  # noqa: SIM118
     )
     largest_expert = max(spec.parameters for layer in layers for spec in layer.specs)
-    largest_tensor = max(_numel(t.target.shape) * t.target.dtype.itemsize for t in trunk)
+    largest_tensor = max(math.prod(t.target.shape) * t.target.dtype.itemsize for t in trunk)
     # Alive at once: a few float32 copies of one expert, or two of the largest trunk tensor.
     memory = _BASE_NBYTES + max(24 * largest_expert, 2 * largest_tensor)
     limit = None
@@ -256,10 +256,3 @@ def _record(adapter: ExpertsAdapter, scheme: str) -> RecordSpec:
 
 def _nbytes(plan: Sequence[LayerPlan]) -> int:
     return sum(layer.nbytes for layer in plan)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -34,7 +35,6 @@ from moepack_formats.matrix import pack_matrix
 from moepack_formats.pack import read_manifest
 from moepack_formats.record import Part, pack_record
 from moepack_formats.schemes import get_scheme
-from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 from moepack_runtime.disk import check_space
@@ -374,4 +374,4 @@ def _check_finite(tensor: Tensor, where: str) -> None:
 
 
 def _numel(tensor: TrunkTensor) -> int:
-    return TensorPlan("", "U8", tensor.target.shape).nbytes
+    return math.prod(tensor.target.shape)

@@ -51,6 +51,7 @@ def load_pack(
     for name in ("config.json", *read_manifest(path).trunk_files):
         os.close(osio.open_regular(resolve_inside(path, name)))
     auto_class = _auto_class(path)
+    plugin.model_is_built.set(False)
     try:
         with options(**changes):
             model: PreTrainedModel = auto_class.from_pretrained(
@@ -60,7 +61,7 @@ def load_pack(
                 trust_remote_code=False,
             )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if plugin.is_built(error):  # a defect of ours or of transformers, and not the config's
+        if plugin.model_is_built.get():  # a defect of ours or of transformers, not the config's
             raise
         raise FormatError(
             "transformers cannot build the model that config.json describes",

@@ -9,9 +9,9 @@ without this plug-in it refuses a pack instead of running it on random experts.
 from __future__ import annotations
 
 import re
-import traceback
 import weakref
 from contextlib import ExitStack
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,10 @@ if TYPE_CHECKING:  # this module is imported while transformers is still importi
     from transformers import PreTrainedModel
 
     from .tape import TapeForward
+
+
+model_is_built: ContextVar[bool] = ContextVar("moepack_model_is_built", default=False)
+"""Whether the ``from_pretrained`` under way has made the model and come to its weights."""
 
 
 class PackRuntime:
@@ -232,6 +236,7 @@ class MoepackQuantizer(HfQuantizer):
         dtype: torch.dtype | None = None,
         **_: Any,
     ) -> PreTrainedModel:
+        model_is_built.set(True)
         if not checkpoint_files:
             raise UsageError("a pack is loaded from its folder", remedy="use from_pretrained(pack)")
         # Not resolved: in a Hub cache the links' folder is the pack, not the blobs' folder.
@@ -280,23 +285,6 @@ class MoepackQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packs are for inference."""
         return False
-
-
-def is_built(error: BaseException) -> bool:
-    """Whether an error of ``from_pretrained`` came after the model was built from its config.
-
-    The quantizer's first method is called on the built model; whatever is raised later has gone
-    through it, or through what loads weights into the model.
-    """
-    after = {
-        MoepackQuantizer._process_model_before_weight_loading.__code__,
-        MoepackQuantizer._process_model_after_weight_loading.__code__,
-    }
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(
-        frame.f_code in after or frame.f_code.co_name == "_load_pretrained_model"
-        for frame, _ in frames
-    )
 
 
 def _close(residency: Residency, pack: Pack) -> None:

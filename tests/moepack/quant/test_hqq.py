@@ -107,7 +107,7 @@ def test_library_names_its_schemes() -> None:
 
 def test_library_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
-    with pytest.raises(UsageError, match=r"pip install 'moepack\[hqq\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[hqq\]'"):
         get_quantizer("hqq-lib")
 
 

@@ -185,7 +185,7 @@ def _model(facts: dict[str, Any]) -> str:
         f"Measured on {sum(first['tokens'])} tokens of {facts['text']} in {len(first['tokens'])} "
         f"windows, where the source's perplexity is {source.exp()[1]:.2f}; calibrated on "
         f"{facts['calibrated_on']}. The last column is million weights a second of the quantizer "
-        "alone, on 2 shared cores.\n",
+        "alone, on 2 cores with other work beside: not to be compared in detail.\n",
         "| experts | bits | error | perplexity | KL | top-1 | Mw/s |",
         "|---|---|---|---|---|---|---|",
         *[line(row) for row in rows],

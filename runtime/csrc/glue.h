@@ -104,67 +104,53 @@ float sum(const float* a, int64_t n) {
   return add_lanes(lanes);
 }
 
+// 16 numbers as floats.
 template <class V> MOEPACK_INLINE typename V::Floats load_floats(const float* p) {
   return V::load_f32(reinterpret_cast<const uint8_t*>(p));
 }
+template <class V> MOEPACK_INLINE typename V::Floats load_floats(const uint16_t* p) {
+  return V::load_f16(reinterpret_cast<const uint8_t*>(p));
+}
 
-template <class V> float dot(const float* a, const float* b, int64_t n) {
+// Up to 16 of them; `room` is for those that are not floats already.
+template <class V> MOEPACK_INLINE const float* last_floats(const float* p, int64_t, float*) {
+  return p;
+}
+template <class V>
+MOEPACK_INLINE const float* last_floats(const uint16_t* p, int64_t n, float* room) {
+  uint16_t padded[kLanes] = {};
+  memcpy(padded, p, static_cast<size_t>(n) * 2);
+  V::store(room, load_floats<V>(padded));
+  return room;
+}
+
+// T: float, or uint16_t for float16.
+template <class V, class T> float dot(const float* a, const T* b, int64_t n) {
   typename V::Floats sums[2] = {V::zero(), V::zero()};  // an addition need not wait for the last
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     for (int h = 0; h < 2; ++h)
       sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_floats<V>(b + i + h * kLanes),
                        sums[h]);
-  float lanes[kLanes];
-  V::store(lanes, V::add(sums[0], sums[1]));
-  for (int j = 0; i < n; ++i, j = (j + 1) % kLanes) lanes[j] += a[i] * b[i];
-  return add_lanes(lanes);
-}
-
-template <class V> void add_scaled(const float* a, float scale, float* out, int64_t n) {
-  typename V::Floats s = V::set(scale);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    V::store(out + i, V::fma(load_floats<V>(a + i), s, load_floats<V>(out + i)));
-  for (; i < n; ++i) out[i] += scale * a[i];
-}
-
-template <class V> MOEPACK_INLINE typename V::Floats load_16_halves(const uint16_t* p) {
-  return V::load_f16(reinterpret_cast<const uint8_t*>(p));
-}
-// Up to 16 of them; zero is what is missing.
-template <class V> MOEPACK_INLINE void last_halves(const uint16_t* p, int64_t n, float* out) {
-  uint16_t padded[kLanes] = {};
-  memcpy(padded, p, static_cast<size_t>(n) * 2);
-  V::store(out, load_16_halves<V>(padded));
-}
-
-template <class V> float dot_half(const float* a, const uint16_t* b, int64_t n) {
-  typename V::Floats sums[2] = {V::zero(), V::zero()};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int h = 0; h < 2; ++h)
-      sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_16_halves<V>(b + i + h * kLanes),
-                       sums[h]);
-  float lanes[kLanes], values[kLanes];
+  float lanes[kLanes], room[kLanes];
   V::store(lanes, V::add(sums[0], sums[1]));
   for (; i < n; i += kLanes) {
     int64_t count = n - i < kLanes ? n - i : kLanes;
-    last_halves<V>(b + i, count, values);
-    for (int64_t j = 0; j < count; ++j) lanes[j] += a[i + j] * values[j];
+    const float* last = last_floats<V>(b + i, count, room);
+    for (int64_t j = 0; j < count; ++j) lanes[j] += a[i + j] * last[j];
   }
   return add_lanes(lanes);
 }
 
-template <class V> void add_scaled_half(const uint16_t* a, float scale, float* out, int64_t n) {
+template <class V, class T> void add_scaled(const T* a, float scale, float* out, int64_t n) {
   typename V::Floats s = V::set(scale);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    V::store(out + i, V::fma(load_16_halves<V>(a + i), s, load_floats<V>(out + i)));
+    V::store(out + i, V::fma(load_floats<V>(a + i), s, load_floats<V>(out + i)));
   if (i == n) return;
-  float values[kLanes];
-  last_halves<V>(a + i, n - i, values);
-  for (int64_t j = 0; i + j < n; ++j) out[i + j] += scale * values[j];
+  float room[kLanes];
+  const float* last = last_floats<V>(a + i, n - i, room);
+  for (int64_t j = 0; i + j < n; ++j) out[i + j] += scale * last[j];
 }
 
 // Rounds to nearest, ties to even. 65520 is the first number that would become infinity.

@@ -92,9 +92,11 @@ class Budget:
                 f"{format_size(self.trunk)} trunk, {format_size(self.work)} work space, "
                 f"{format_size(self.smallest)} experts)",
                 got=format_size(self.nbytes),
-                # Rounded up: the next process may be a little larger.
-                remedy=f"give --ram {-(-least // _STEP) * (_STEP >> 20)}MiB or more",
+                remedy=f"give --ram {_enough(least) >> 20}MiB or more",
             )
 
 
-_STEP = 8 << 20
+def _enough(least: int) -> int:
+    """``least`` and 8 to 16 MiB more, in whole steps of 8 MiB: the next process may be larger."""
+    step = 8 << 20
+    return (least // step + 2) * step

@@ -93,10 +93,10 @@ def test_not_enough_memory(pack: Path, tmp_path: Path, io: str) -> None:
     line = run(1000).error(5)
     found = re.search(r"not enough memory .*got 1000 B.*give --ram (\d+)MiB or more$", line)
     assert found is not None, line
-    need = int(found.group(1))
-    # Pages of one process more or less may be on either side of a whole MiB.
-    assert run(f"{need + 1}MiB").json["text"] == run("1TiB").json["text"]
-    assert "give --ram" in run(f"{need - 2}MiB").error(5)
+    said = int(found.group(1))
+    assert run(f"{said}MiB").json["text"] == run("1TiB").json["text"]
+    # What is said has 8 to 16 MiB to spare; twice that is for how processes differ.
+    assert "give --ram" in run(f"{said - 32}MiB").error(5)
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered", "mmap"])

@@ -1,6 +1,7 @@
 // A recorded token, step by step. What a step computes is in glue.h, linear.cpp and moe.cpp; here are
 // the loops around it.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -262,8 +263,13 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
 }  // namespace
 
 int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end, int32_t mode,
-                         int32_t threads) {
+                         int32_t threads, double* seconds) {
+  using Clock = std::chrono::steady_clock;
   if (steps == nullptr || begin < 0 || begin > end || threads < 1) return -1;
-  while (begin < end && run(steps[begin], mode, threads)) ++begin;
+  for (; begin < end; ++begin) {
+    Clock::time_point start = seconds ? Clock::now() : Clock::time_point();
+    if (!run(steps[begin], mode, threads)) break;
+    if (seconds) seconds[begin] += std::chrono::duration<double>(Clock::now() - start).count();
+  }
   return begin;
 }

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache
 from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
 from moepack_runtime.tape import forward
-from moepack_runtime.tape.kv import GrowingLayer, take_over
+from moepack_runtime.tape.caches import take_over
+from moepack_runtime.tape.kv import GrowingLayer
 from tests import families
 from tests.packs import make_pack
 

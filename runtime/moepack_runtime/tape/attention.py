@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kv import GrowingLayer
+from .kv_window import GrowingWindowLayer
 from .record import CannotRecord, Opaque, Recorder
 
 NAME = "moepack_tape"
 _recorder: Recorder | None = None
-_layers: list[GrowingLayer] = []
+_given: list[tuple[GrowingLayer, Tensor, Tensor]] = []
+"""Layers of the cache, and the keys and values that each has handed out in this pass."""
 
 
 @contextmanager
@@ -27,11 +29,11 @@ def recorded_attention(
     model: nn.Module, recorder: Recorder, layers: list[GrowingLayer]
 ) -> Iterator[None]:
     """Make a model's attention, and what it does with its cache, steps of a recording."""
-    global _recorder, _layers
+    global _recorder
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     names = [(config, config._attn_implementation) for config in configs.values()]
-    _recorder, _layers = recorder, layers
+    _recorder = recorder
     try:
         for config, _ in names:
             config._attn_implementation_internal = NAME
@@ -43,18 +45,24 @@ def recorded_attention(
             config._attn_implementation_internal = name
         for layer in layers:
             vars(layer).pop("update", None)
-        _recorder, _layers = None, []
+        _recorder = None
+        _given.clear()
 
 
 def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
     update = layer.update
 
     def watched(key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        values = value
+
         def run() -> Tensor:
-            return update(key, value, *args, **kwargs)[0]
+            nonlocal values
+            keys, values = update(key, value, *args, **kwargs)
+            return keys
 
         keys = recorder.opaque(Opaque("append", layer), (key, value), run)
-        return keys, cast(Tensor, layer.values)
+        _given.append((layer, keys, values))
+        return keys, values
 
     vars(layer)["update"] = watched
 
@@ -75,18 +83,21 @@ def _attend(
     recorder = _recorder
     if recorder is None:
         raise CannotRecord("attention was called outside of a recording")
-    layer = next((a for a in _layers if a.keys is key and a.values is value), None)
+    layer = next((a for a, keys, values in _given if keys is key and values is value), None)
     if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is not None:
         raise CannotRecord("attention reads something else than the cache")
-    if sliding_window is not None:
-        raise CannotRecord("attention has a sliding window")
+    if isinstance(layer, GrowingWindowLayer) and sliding_window != layer.sliding_window:
+        raise CannotRecord("attention has a window of another kind")
+    window = sliding_window or 0
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     inputs = (query,) if s_aux is None else (query, s_aux)
     return (
         recorder.opaque(
-            Opaque("attend", layer, (scale, softcap or 0.0)),
+            Opaque("attend", layer, (scale, softcap or 0.0, window)),
             inputs,
-            lambda: _reference(query, key, value, scale, softcap, s_aux),
+            lambda: _reference(
+                query, key[:, :, -window:], value[:, :, -window:], scale, softcap, s_aux
+            ),
         ),
         None,
     )

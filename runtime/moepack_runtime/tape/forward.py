@@ -19,7 +19,8 @@ from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from ..prefetch import Speculator
 from ..statistics import Statistics
 from .attention import recorded_attention
-from .kv import GrowingLayer, take_over
+from .caches import take_over
+from .kv import GrowingLayer
 from .overlap import reads_early
 from .player import Player
 from .profile import Profile

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 GROWTH = 256
@@ -33,7 +33,7 @@ def fits_half(numbers: Tensor) -> bool:
     return low <= float(numbers.abs().amax()) <= high  # a NaN is in no range
 
 
-class _Buffers:
+class Buffers:
     """The buffers of one layer: ``[1, heads, capacity, width]`` each, filled from the front.
 
     Args:
@@ -55,6 +55,7 @@ class _Buffers:
 
     @property
     def capacity(self) -> int:
+        """Tokens that there is room for."""
         return self.keys.shape[2]
 
     def reserve(self, tokens: int) -> None:
@@ -103,7 +104,7 @@ class GrowingLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        self.buffers: _Buffers | None = None
+        self.buffers: Buffers | None = None
         self.half = False
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -114,18 +115,26 @@ class GrowingLayer(DynamicLayer):
     def taking(cls, layer: DynamicLayer, half: bool) -> GrowingLayer:
         """A growing layer with what a dynamic one holds, which must have begun."""
         new = cls()
-        new.half = half
-        new.dtype, new.device = layer.dtype, layer.device
-        new.is_initialized = True
-        new.buffers = _Buffers(cast(Tensor, layer.keys), cast(Tensor, layer.values), half)
+        new.take(layer, half)
         return new
+
+    def take(self, layer: DynamicLayer, half: bool) -> None:
+        """Begin with what another layer holds."""
+        self.half = half
+        self.dtype, self.device = layer.dtype, layer.device
+        self.is_initialized = True
+        self.buffers = Buffers(cast(Tensor, layer.keys), cast(Tensor, layer.values), half)
+
+    def first_shown(self, filled: int) -> int:
+        """The first of the tokens in a buffer that transformers is shown."""
+        return 0
 
     @property
     def keys(self) -> Tensor | None:
         """``[1, heads, tokens, width]``, or None before the first."""
         if self._keys is None and self.buffers is not None:
             # In float32: itself where it is so already.
-            self._keys = self._shown = self.buffers.keys[:, :, : self.buffers.filled].float()
+            self._keys = self._shown = self._show(self.buffers.keys, self.buffers.filled)
         return self._keys
 
     @keys.setter
@@ -138,12 +147,20 @@ class GrowingLayer(DynamicLayer):
     def values(self) -> Tensor | None:
         """``[1, heads, tokens, width]``, or None before the first."""
         if self._values is None and self.buffers is not None:
-            self._values = self.buffers.values[:, :, : self.buffers.filled].float()
+            self._values = self._show(self.buffers.values, self.buffers.filled)
         return self._values
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._values = value
+
+    def _show(self, numbers: Tensor, filled: int) -> Tensor:
+        return numbers[:, :, self.first_shown(filled) : filled].float()
+
+    @property
+    def untouched(self) -> Buffers | None:
+        """The buffers, if they hold all there is: nobody has looked at it since, or replaced it."""
+        return self.buffers if self._keys is None else None
 
     @override
     def get_seq_length(self) -> int:
@@ -156,39 +173,44 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append; views of everything. See the base class."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = _Buffers(key_states[:, :, :0], value_states[:, :, :0], self.half)
-            self._forget()
         length = self.get_seq_length()
-        self._own().write(length, key_states, value_states)
-        self._forget()
+        self.begun(key_states, value_states).write(length, key_states, value_states)
+        self.forget()
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
-    def reserve(self, tokens: int) -> _Buffers:
+    def begun(self, keys: Tensor, values: Tensor) -> Buffers:
+        """The buffers, with room for tokens like these if there are none yet."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.buffers = Buffers(keys[:, :, :0], values[:, :, :0], self.half)
+            self.forget()
+        return self.own()
+
+    def reserve(self, tokens: int) -> Buffers:
         """Make room for so many tokens in all; what was handed out before is a copy then."""
         buffers = self.buffers
         if self._keys is not None or buffers is None or tokens > buffers.capacity:
             length = self.get_seq_length()
-            buffers = self._own()
+            buffers = self.own()
             buffers.reserve(tokens)
             self.rewind(length)
         return buffers
 
     def rewind(self, length: int) -> None:
         """Forget the tokens after the first ``length``."""
-        self._own().filled = length
-        self._forget()
+        self.own().filled = length
+        self.forget()
 
     def played(self) -> None:
         """A played pass has put one more token behind the others."""
-        self._own().filled += 1
-        self._forget()
+        self.own().filled += 1
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """What was handed out does not say what there is any more."""
         self._keys = self._values = self._shown = None
 
-    def _own(self) -> _Buffers:
+    def own(self) -> Buffers:
         """The buffers, made anew if transformers has put something else in the views' place."""
         keys, values, mine, shown = self._keys, self._values, self.buffers, self._shown
         # A part of what was handed out stands for that part of the buffers.
@@ -199,44 +221,6 @@ class GrowingLayer(DynamicLayer):
             or len(keys) != len(shown)
         )
         if replaced:
-            mine = self.buffers = _Buffers(cast(Tensor, keys), cast(Tensor, values), self.half)
-            self._forget()
-        return cast(_Buffers, mine)
-
-
-def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
-    """Turn a cache's layers into growing ones, in place.
-
-    Args:
-        cache: What transformers made.
-        half: Whether keys and values may be kept as float16.
-
-    Returns:
-        The layers, all of the same length of at least one token, or None when the cache is of a
-        kind that cannot be taken over (and is then unchanged).
-    """
-    if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
-        return None
-    # The exact types: a subclass may hold more than keys and values.
-    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
-        return None
-    plain = cast("list[DynamicLayer]", cache.layers)
-    length = plain[0].get_seq_length()
-    if length == 0 or any(layer.get_seq_length() != length for layer in plain):
-        return None
-    if not all(_fits(layer) for layer in plain):
-        return None
-    layers = [
-        layer if isinstance(layer, GrowingLayer) else GrowingLayer.taking(layer, half)
-        for layer in plain
-    ]
-    cache.layers[:] = layers
-    return layers
-
-
-def _fits(layer: DynamicLayer) -> bool:
-    mine = layer.buffers if isinstance(layer, GrowingLayer) else None
-    if mine is not None:
-        return mine.one_text
-    keys = layer.keys
-    return keys is not None and len(keys) == 1 and keys.dtype is torch.float32
+            mine = self.buffers = Buffers(cast(Tensor, keys), cast(Tensor, values), self.half)
+            self.forget()
+        return cast(Buffers, mine)

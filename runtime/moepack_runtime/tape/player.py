@@ -61,6 +61,7 @@ class Player:
         self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
         self._playing: Sequence[GrowingLayer] = ()
+        self._length = 0  # of the text before the token that is played
         self.profile: Profile | None = None
         self._alive: list[Any] = [_memory(step) for step in steps]
         found: list[NativeStep] = []
@@ -111,9 +112,9 @@ class Player:
         start = time.perf_counter()
         self._token.fill_(token)
         self._position.fill_(position)
-        self._playing = layers
+        self._playing, self._length = layers, position
         for number, (layer, kv) in enumerate(zip(layers, self._caches, strict=True)):
-            self._point(number, layer, kv, position)
+            self._point(number, layer, kv)
         at = 0
         mode, threads = self._engine.int8, self._engine.threads
         taken = None if self.profile is None else (ctypes.c_double * self._count)()
@@ -137,10 +138,10 @@ class Player:
             self.profile.add(list(self._steps), list(taken), seconds)
         return logits
 
-    def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:
+    def _point(self, number: int, layer: GrowingLayer, kv: Kv) -> None:
         """Make a native layer stand for a layer of the cache, with room for one more token."""
-        buffers = layer.reserve(position + 1)
-        kv.end = position
+        buffers = layer.reserve(self._length + 1)
+        kv.end = buffers.filled
         known = self._known[number]
         if known is None or known() is not buffers.keys:
             self._known[number] = weakref.ref(buffers.keys)
@@ -206,8 +207,8 @@ class Player:
 
         def call() -> None:
             layer, kv = self._playing[number], self._caches[number]
-            layer.reserve(kv.end + 1).widen()
-            self._point(number, layer, kv, kv.end)
+            layer.reserve(self._length + 1).widen()
+            self._point(number, layer, kv)
             native.play(self._steps, at, at + 1, self._engine.int8, self._engine.threads)
 
         return call
@@ -221,7 +222,7 @@ class Player:
         found.data[:2] = (out.data_ptr(), query.data_ptr())
         found.stride[0][0] = out.shape[-1]
         found.stride[1][:2] = (query.stride(1), query.stride(3))
-        found.number[0] = query.shape[1]
+        found.number[:2] = (query.shape[1], int(what.numbers[2]))
         found.scalar[:] = what.numbers[:2]
         if len(step.arguments) > 1:
             sinks = step.arguments[1]

@@ -17,8 +17,8 @@ _MAX_NAME_NBYTES = 1_000
 def is_plain(name: str) -> bool:
     """Whether a name cannot point outside its folder, on any system.
 
-    False for one that is absolute, has ``..``, a backslash, a drive letter, a NUL or another control
-    character, an empty part, or is too long for a file system.
+    False for one that is absolute, has ``..``, a backslash, a drive letter, a NUL or another
+    control character, an empty part, or is too long for a file system.
     """
     parts = name.split("/")
     return not (

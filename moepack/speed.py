@@ -17,6 +17,7 @@ from moepack_formats.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from moepack_runtime.statistics import Statistics
+    from moepack_runtime.tape.profile import Profile
 
 _READ_NBYTES = 512 << 20
 """Memory that is read to measure its bandwidth: more than any cache holds."""
@@ -52,18 +53,41 @@ class Plan:
     seed: int
     vocabulary: int
 
+    def draws(self) -> Callable[[int], list[int]]:
+        """A new source of the tokens: gives as many as it is asked for."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(count: int) -> list[int]:
+            ids: list[int] = torch.randint(self.vocabulary, (count,), generator=generator).tolist()
+            return ids
+
+        return draw
+
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens a second, one figure a round.
+    """What was measured, one figure a round.
 
     Attributes:
-        prefill: Of the prompt.
-        decode: One token after another.
+        prefill: Tokens a second of the prompt.
+        decode: Tokens a second, one after another.
+        memory: Bytes a second at which memory was read just before and after that decoding; empty
+            where it was not asked for.
     """
 
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
+    memory: tuple[float, ...] = ()
+
+    def share(self, nbytes: float) -> float | None:
+        """Share of memory's speed at ``nbytes`` a token, the median of the rounds'."""
+        if not self.memory:
+            return None
+        return statistics.median(
+            speed * nbytes / memory for speed, memory in zip(self.decode, self.memory, strict=True)
+        )
 
 
 class PackRunner:
@@ -195,7 +219,11 @@ def _serve_llama(file: str, context: int, threads: int, pipe: Connection) -> Non
 
 
 def measure(
-    plan: Plan, pack: PackRunner, stats: Statistics, peer: Runner | None = None
+    plan: Plan,
+    pack: PackRunner,
+    stats: Statistics,
+    peer: Runner | None = None,
+    memory: Callable[[], float] | None = None,
 ) -> tuple[Speeds, Speeds | None, Statistics]:
     """Run a pack, and a peer in turns with it.
 
@@ -206,22 +234,18 @@ def measure(
         pack: The pack.
         stats: The pack's counters.
         peer: What to compare with.
+        memory: Measures the speed of memory, which is asked around each of the pack's decodings:
+            it changes with what else a host does.
 
     Returns:
         The pack's speeds, the peer's, and the counters of the pack's decoding alone.
     """
-    import torch
-
-    generator = torch.Generator().manual_seed(plan.seed)
+    draw = plan.draws()
     decoding = type(stats)()
-
-    def draw(count: int) -> list[int]:
-        ids: list[int] = torch.randint(plan.vocabulary, (count,), generator=generator).tolist()
-        return ids
-
     runners: list[Runner] = [pack] if peer is None else [pack, peer]
     prefill: list[list[float]] = [[] for _ in runners]
     decode: list[list[float]] = [[] for _ in runners]
+    bandwidth: list[float] = []
     for number in range(plan.rounds + 1):
         prompt, context = draw(plan.prompt_tokens), draw(plan.context_tokens)
         following = draw(plan.new_tokens)
@@ -230,15 +254,20 @@ def measure(
             runner.prefill(context)
             if runner is pack:
                 stats.reset()  # hits and bytes are those of decoding
+            asks = memory if runner is pack and number > 0 else None
+            around = [asks()] if asks else []
             taken_next = _seconds(runner.decode, following)
             if number == 0:
                 continue
+            if asks:
+                bandwidth.append(statistics.mean([*around, asks()]))
             prefills.append(len(prompt) / taken)
             decodes.append(len(following) / taken_next)
             if runner is pack:
                 decoding.add(stats)
-    speeds = [Speeds(tuple(p), tuple(d)) for p, d in zip(prefill, decode, strict=True)]
-    return speeds[0], speeds[1] if peer is not None else None, decoding
+    mine = Speeds(tuple(prefill[0]), tuple(decode[0]), tuple(bandwidth))
+    others = Speeds(tuple(prefill[1]), tuple(decode[1])) if peer is not None else None
+    return mine, others, decoding
 
 
 def packed_nbytes_per_token(model: Any, demands_per_token: float) -> float:
@@ -255,18 +284,46 @@ def packed_nbytes_per_token(model: Any, demands_per_token: float) -> float:
         if isinstance(module, (PackedLinear, TiedHead)):
             source = module.source if isinstance(module, TiedHead) else module
             trunk += 0 if source.packed is None else source.packed.numel()
-    records = [at.spec.payload_nbytes for layer in model.moepack.pack.layers for at in layer]
-    return float(trunk + demands_per_token * statistics.mean(records))
+    return float(trunk + demands_per_token * record_nbytes(model))
 
 
-def read_bandwidth(threads: int, rounds: int = 5) -> float | None:
-    """Bytes a second at which memory is read, the median; None without the native library."""
+def profile(plan: Plan, pack: PackRunner, model: Any) -> Profile | None:
+    """Decode a round once more and see where its time goes.
+
+    Returns:
+        The times, or None where transformers' own code decodes.
+    """
+    from moepack_runtime.tape.profile import Profile
+
+    tape = model.moepack.tape
+    if tape is None or not tape.playing:
+        return None
+    draw = plan.draws()
+    pack.prefill(draw(plan.context_tokens))
+    found = Profile(record_nbytes(model))
+    tape.profile(found)
+    try:
+        pack.decode(draw(plan.new_tokens))
+    finally:
+        tape.profile(None)
+    return found
+
+
+def record_nbytes(model: Any) -> float:
+    """Bytes of an expert's record, in the mean."""
+    return float(
+        statistics.mean(
+            at.spec.payload_nbytes for layer in model.moepack.pack.layers for at in layer
+        )
+    )
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Bytes a second at which the native library reads memory, the median."""
     import torch
 
     from moepack_runtime.kernels import native
 
-    if native.available() is None:
-        return None
     data = torch.ones(_READ_NBYTES, dtype=torch.uint8)
     taken = [_seconds(native.read_memory, data, threads) for _ in range(rounds)]
     return _READ_NBYTES / statistics.median(taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -65,6 +66,11 @@ from .common import (
     metavar="FILE",
     help="Run llama.cpp with a GGUF file in turns with the pack (needs the extra `bench`).",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Decode once more and say what of a token's time goes where (CPU).",
+)
 @runtime_options
 @common_options
 def command(
@@ -77,6 +83,7 @@ def command(
     ablation: bool,
     simulate_link: int | None,
     peer_gguf: Path | None,
+    profile: bool,
     as_json: bool,
     verbose: bool,
     debug: bool,
@@ -87,11 +94,13 @@ def command(
     Tokens are drawn uniformly from the vocabulary: a model's own greedy text repeats itself, which
     would flatter the cache. Medians over rounds are printed; a round before them does not count.
     """
+    from moepack_runtime.kernels import native
+
     from .. import speed
 
     set_up(verbose)
     if ablation:
-        refuse_with("--ablation", "rounds", "context_tokens", "peer_gguf", "prefetch")
+        refuse_with("--ablation", "rounds", "context_tokens", "peer_gguf", "prefetch", "profile")
         lengths = prompt_tokens, max_new_tokens
         _ablation(pack, lengths, seed, simulate_link, as_json, runtime)
         return
@@ -105,22 +114,28 @@ def command(
         peer = speed.LlamaRunner(peer_gguf, room, threads)
         vocabulary = min(vocabulary, peer.vocabulary)
     plan = speed.Plan(prompt_tokens, context_tokens, max_new_tokens, rounds, seed, vocabulary)
-    mine, others, decoding = speed.measure(plan, speed.PackRunner(model), model.moepack.stats, peer)
+    # The CPU's memory says nothing about what a GPU reads from its own.
+    reads = model.moepack.tier is None and native.available() is not None
+    memory = functools.partial(speed.read_bandwidth, threads) if reads else None
+    runner = speed.PackRunner(model)
+    mine, others, decoding = speed.measure(plan, runner, model.moepack.stats, peer, memory)
     demands = (decoding.hits + decoding.misses) / max(decoding.tokens, 1)
     nbytes = speed.packed_nbytes_per_token(model, demands)
-    # The CPU's memory says nothing about what a GPU reads from its own.
-    memory = speed.read_bandwidth(threads) if model.moepack.tier is None else None
+    times = speed.profile(plan, runner, model) if profile else None
     values = {
         **_speeds_json("", mine),
         **statistics_json(decoding, model),
         "packed_bytes_per_token": nbytes,
         "packed_bytes_per_s": nbytes * statistics.median(mine.decode),
-        "read_bytes_per_s": memory,
+        "read_bytes_per_s": statistics.median(mine.memory) if mine.memory else None,
+        "read_share": mine.share(nbytes),
     }
     if others is not None:
         values |= _speeds_json("peer_", others)
         values["decode_ratio"] = _ratio(mine.decode, others.decode)
         values["prefill_ratio"] = _ratio(mine.prefill, others.prefill)
+    if profile:
+        values["profile"] = None if times is None else asdict(times)
     if as_json:
         print_json(values)
         return
@@ -129,10 +144,15 @@ def command(
     if decoding.bytes_per_token is not None and not is_mapped(model):
         click.echo(f"         {format_size(decoding.bytes_per_token)} a token")
     rate = f"packed   {format_size(nbytes)} a token, {values['packed_bytes_per_s'] / 1e9:.1f} GB/s"
-    click.echo(rate if memory is None else f"{rate} of {memory / 1e9:.1f} GB/s that memory gives")
+    if values["read_share"] is not None:
+        memory_rate = values["read_bytes_per_s"] / 1e9
+        rate += f", {values['read_share']:.0%} of the {memory_rate:.1f} GB/s that memory gives"
+    click.echo(rate)
     click.echo(f"memory   {model.moepack.residency.describe()}")
     if model.moepack.tape is not None:
         click.echo(f"engine   {model.moepack.engine.name}; {model.moepack.tape.describe()}")
+    if profile:
+        _print_profile(times)
     if others is not None:
         click.echo(f"llama.cpp, {peer_gguf}")
         _print_speeds("  ", others)
@@ -207,6 +227,19 @@ def _print_speeds(indent: str, speeds: Any) -> None:
         figures = getattr(speeds, name)
         text = f"{statistics.median(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
         click.echo(f"{indent}{name:8} {text} tokens/s")
+
+
+def _print_profile(times: Any) -> None:
+    if times is None:
+        click.echo("profile  none: transformers' own code decodes")
+        return
+    click.echo(f"profile  {1e3 * times.seconds / times.tokens:.2f} ms a token, of which")
+    for name, part in sorted(times.parts.items(), key=lambda item: -item[1].seconds):
+        line = f"{1e3 * part.seconds / times.tokens:7.2f} ms  {name}"
+        if part.nbytes and part.seconds:
+            each, rate = part.nbytes / times.tokens, part.nbytes / part.seconds / 1e9
+            line += f", {format_size(each)}, {rate:.1f} GB/s"
+        click.echo(f"  {line}")
 
 
 def _ratio(mine: Sequence[float], others: Sequence[float]) -> float:

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "glue.h"
+#include "attention.h"
 #include "tile.h"
 
 namespace moepack {
@@ -265,8 +265,10 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   k.quantize_block = quantize_block<quantize_step>, k.copy_block = copy_block, k.activate = activate;
   k.to_bf16 = to_bf16, k.read_sum = read_sum;
   k.unary = unary, k.binary = binary, k.sum = sum, k.softmax = softmax;
-  k.dot = dot<V, float>, k.add_scaled = add_scaled<V, float>;
-  k.dot_half = dot<V, uint16_t>, k.add_scaled_half = add_scaled<V, uint16_t>, k.to_half = to_half;
+  k.dot = dot<V>, k.add_scaled = add_scaled<V, float>;
+  k.dots = dots<V, float>, k.dots_half = dots<V, uint16_t>;
+  k.weighted_sum = weighted_sum<V, float>, k.weighted_sum_half = weighted_sum<V, uint16_t>;
+  k.to_half = to_half;
   return k;
 }
 

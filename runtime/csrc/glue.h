@@ -124,24 +124,21 @@ MOEPACK_INLINE const float* last_floats(const uint16_t* p, int64_t n, float* roo
   return room;
 }
 
-// T: float, or uint16_t for float16.
-template <class V, class T> float dot(const float* a, const T* b, int64_t n) {
+template <class V> float dot(const float* a, const float* b, int64_t n) {
   typename V::Floats sums[2] = {V::zero(), V::zero()};  // an addition need not wait for the last
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     for (int h = 0; h < 2; ++h)
       sums[h] = V::fma(load_floats<V>(a + i + h * kLanes), load_floats<V>(b + i + h * kLanes),
                        sums[h]);
-  float lanes[kLanes], room[kLanes];
+  float lanes[kLanes];
   V::store(lanes, V::add(sums[0], sums[1]));
-  for (; i < n; i += kLanes) {
-    int64_t count = n - i < kLanes ? n - i : kLanes;
-    const float* last = last_floats<V>(b + i, count, room);
-    for (int64_t j = 0; j < count; ++j) lanes[j] += a[i + j] * last[j];
-  }
+  for (; i < n; i += kLanes)
+    for (int64_t j = 0; j < kLanes && i + j < n; ++j) lanes[j] += a[i + j] * b[i + j];
   return add_lanes(lanes);
 }
 
+// T: float, or uint16_t for float16.
 template <class V, class T> void add_scaled(const T* a, float scale, float* out, int64_t n) {
   typename V::Floats s = V::set(scale);
   int64_t i = 0;
@@ -171,8 +168,15 @@ bool to_half(const float* a, int64_t n, uint16_t* out) {
 }
 
 void softmax(const float* a, int64_t n, float* out) {
-  float most = a[0];
-  for (int64_t i = 1; i < n; ++i) most = a[i] > most || a[i] != a[i] ? a[i] : most;
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = a[0];
+  auto larger = [](float x, float most) MOEPACK_LAMBDA { return x > most || x != x ? x : most; };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] = larger(a[i + j], lanes[j]);
+  for (int j = 0; i < n; ++i, ++j) lanes[j] = larger(a[i], lanes[j]);
+  float most = lanes[0];
+  for (float lane : lanes) most = larger(lane, most);
   map(a, 1, out, 1, n, [=](float x) MOEPACK_LAMBDA { return exp_lane(x - most); });
   float total = sum(out, n);
   for (int64_t k = 0; k < n; ++k) out[k] /= total;

@@ -71,12 +71,18 @@ struct Kernels {
   void (*binary)(int kind, const float* a, int64_t sa, const float* b, int64_t sb, float* out,
                  int64_t so, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
-  float (*dot_half)(const float* a, const uint16_t* b, int64_t n);  // b: float16
   float (*sum)(const float* a, int64_t n);
   void (*softmax)(const float* a, int64_t n, float* out);
   // out[n] += scale * a[n]
   void (*add_scaled)(const float* a, float scale, float* out, int64_t n);
-  void (*add_scaled_half)(const uint16_t* a, float scale, float* out, int64_t n);
+  // A query and cached keys, scores and cached values; see attention.h. `half`: of float16.
+  void (*dots)(const float* query, const float* rows, int64_t width, int64_t count, float* out);
+  void (*dots_half)(const float* query, const uint16_t* rows, int64_t width, int64_t count,
+                    float* out);
+  void (*weighted_sum)(const float* weights, const float* rows, int64_t width, int64_t count,
+                       float* out);
+  void (*weighted_sum_half)(const float* weights, const uint16_t* rows, int64_t width,
+                            int64_t count, float* out);
   // To float16. False where a number is none or too large, and `out` is worth nothing then.
   bool (*to_half)(const float* a, int64_t n, uint16_t* out);
 };

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 5
+#define MOEPACK_ABI 6
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -120,9 +120,10 @@ typedef struct {
 
 /* Runs steps[begin], ... and returns the index of the first that it did not do: `end`, a
  * MOEPACK_PYTHON step, a MOEPACK_EXPERTS step that lacks a record, or a MOEPACK_APPEND step with
- * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. */
+ * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. Where
+ * `seconds` is not NULL, seconds[i] grows by what steps[i] took. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
-                                     int32_t mode, int32_t threads);
+                                     int32_t mode, int32_t threads, double* seconds);
 
 /* Start `threads` threads, the caller's among them, and return how many there are: fewer where the
  * system refuses. Other functions start what they lack and do with what they get. */

@@ -1,6 +1,7 @@
 // A recorded token, step by step. What a step computes is in glue.h, linear.cpp and moe.cpp; here are
 // the loops around it.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -180,23 +181,20 @@ void attend(const moepack_step& s, int32_t threads) {
       for (int64_t i = 0; i < kv.key_width; ++i)
         query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
       int64_t first = h / group * kv.capacity + begin;
+      int64_t key = first * kv.key_width, value = first * kv.value_width;
+      if (kv.half) k.dots_half(query.data(), half_keys + key, kv.key_width, count, scores.data());
+      else k.dots(query.data(), keys + key, kv.key_width, count, scores.data());
       for (int64_t t = 0; t < count; ++t) {
-        int64_t at = (first + t) * kv.key_width;
-        float product = kv.half ? k.dot_half(query.data(), half_keys + at, kv.key_width)
-                                : k.dot(query.data(), keys + at, kv.key_width);
-        float score = scale * product;
-        scores[static_cast<size_t>(t)] = cap > 0 ? cap * std::tanh(score / cap) : score;
+        float& score = scores[static_cast<size_t>(t)];
+        score *= scale;
+        if (cap > 0) score = cap * std::tanh(score / cap);
       }
       if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
       k.softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
       float* out = floats(s, 0) + h * s.stride[0][0];
-      std::memset(out, 0, static_cast<size_t>(kv.value_width) * 4);
-      for (int64_t t = 0; t < count; ++t) {
-        int64_t at = (first + t) * kv.value_width;
-        float weight = scores[static_cast<size_t>(t)];
-        if (kv.half) k.add_scaled_half(half_values + at, weight, out, kv.value_width);
-        else k.add_scaled(values + at, weight, out, kv.value_width);
-      }
+      if (kv.half)
+        k.weighted_sum_half(scores.data(), half_values + value, kv.value_width, count, out);
+      else k.weighted_sum(scores.data(), values + value, kv.value_width, count, out);
     }
   });
 }
@@ -262,8 +260,13 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
 }  // namespace
 
 int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end, int32_t mode,
-                         int32_t threads) {
+                         int32_t threads, double* seconds) {
+  using Clock = std::chrono::steady_clock;
   if (steps == nullptr || begin < 0 || begin > end || threads < 1) return -1;
-  while (begin < end && run(steps[begin], mode, threads)) ++begin;
+  for (; begin < end; ++begin) {
+    Clock::time_point start = seconds ? Clock::now() : Clock::time_point();
+    if (!run(steps[begin], mode, threads)) break;
+    if (seconds) seconds[begin] += std::chrono::duration<double>(Clock::now() - start).count();
+  }
   return begin;
 }

@@ -39,6 +39,7 @@ class MappedRecords:
         self._maps: dict[int, mmap.mmap] = {}
         self._guard = Guard()
         self._checked: set[tuple[int, int]] = set()
+        self._files = [tuple({at.descriptor for at in layer}) for layer in pack.layers]
 
     def demand(self, layer: int, experts: Sequence[int]) -> None:
         """Nothing: the use itself reads; see :class:`Residency`."""
@@ -98,7 +99,9 @@ class MappedRecords:
 
     def check_used(self, layer: int) -> None:
         """See :class:`Residency`."""
-        self._check_used(layer, range(len(self._pack.layers[layer])))
+        # Every token asks for every layer: no more than needed, as long as nothing is missing.
+        if any(self._guard.missing(file) is not None for file in self._files[layer]):
+            self._check_used(layer, range(len(self._pack.layers[layer])))
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether a record was used before, and so is probably in the page cache still."""

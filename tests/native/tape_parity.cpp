@@ -18,12 +18,21 @@ moepack_step row_step(int op, int kind, int64_t size, float* out, const float* a
   return step;
 }
 
+// Runs steps, and sees that those which are done take time.
+int64_t play(const moepack_step* steps, int64_t begin, int64_t end, int32_t mode, int32_t threads) {
+  std::vector<double> seconds(static_cast<size_t>(end), 0.0);
+  int64_t done = moepack_tape_run(steps, begin, end, mode, threads, seconds.data());
+  for (int64_t i = 0; i < end; ++i)
+    check((seconds[static_cast<size_t>(i)] > 0) == (begin <= i && i < done), "any", "its time", 0);
+  return done;
+}
+
 // Runs one step on each instruction set; `out` is what it writes.
 void tape_step(const char* isa, const char* what, const moepack_step& step, std::vector<float>& out,
                double tolerance) {
   auto compute = [&] {
     std::fill(out.begin(), out.end(), 7.0f);
-    check(moepack_tape_run(&step, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, what, step.kind);
+    check(play(&step, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, what, step.kind);
     return out;
   };
   auto a = with_isa(isa, compute), b = with_isa("portable", compute);
@@ -97,7 +106,7 @@ void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, b
   attend.number[0] = heads, attend.number[1] = window;
   attend.scalar[0] = 0.3, attend.scalar[1] = sinks ? 5.0 : 0.0;
   auto appended = [&] {
-    check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, "append", half);
+    check(play(&append, 0, 1, MOEPACK_FLOAT, 2) == 1, isa, "append", half);
     return keys;
   };
   check(with_isa(isa, appended) == with_isa("portable", appended), isa, "what is appended", half);
@@ -105,7 +114,7 @@ void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, b
   for (float large : {65520.0f, -INFINITY, std::nanf("")}) {
     auto keys_before = keys, values_before = values;
     value.back() = large;
-    int64_t done = moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 2);
+    int64_t done = play(&append, 0, 1, MOEPACK_FLOAT, 2);
     check(done == (half ? 0 : 1), isa, "what float16 cannot hold is the caller's", half);
     check(!half || (keys == keys_before && values == values_before), isa, "nothing is written", half);
   }
@@ -138,7 +147,7 @@ void halves(const char* isa) {
   append.op = MOEPACK_APPEND, append.extra = &kv;
   append.data[1] = append.data[2] = from.data(), append.stride[1][1] = append.stride[2][1] = 1;
   moepack_set_isa(isa);
-  check(moepack_tape_run(&append, 0, 1, MOEPACK_FLOAT, 1) == 1, isa, "append of halves", 0);
+  check(play(&append, 0, 1, MOEPACK_FLOAT, 1) == 1, isa, "append of halves", 0);
   check(keys == wanted, isa, "halves are the nearest", 0);
 }
 
@@ -172,7 +181,7 @@ void topk(const char* isa) {
   moepack_step step = row_step(MOEPACK_TOPK, 0, 7, values.data(), a.data(), nullptr);
   step.data[3] = indices.data(), step.stride[3][3] = 1, step.number[0] = 3;
   moepack_set_isa(isa);
-  check(moepack_tape_run(&step, 0, 1, MOEPACK_FLOAT, 1) == 1, isa, "topk", 0);
+  check(play(&step, 0, 1, MOEPACK_FLOAT, 1) == 1, isa, "topk", 0);
   check(indices == std::vector<int64_t>{5, 1, 3}, isa, "the largest, the first of equal ones", 0);
   check(std::isnan(values[0]) && values[1] == 5 && values[2] == 5, isa, "their values", 0);
 }
@@ -198,7 +207,7 @@ void matrices(const char* isa, int32_t scheme) {
   tape_step(isa, "embedding of floats", embed, row, 0);
   check(std::equal(row.begin(), row.end(), plain.end() - cols), isa, "its last row", 0);
   product.number[1] -= 1;
-  check(moepack_tape_run(&product, 0, 1, MOEPACK_FLOAT, 1) == 0, isa, "a short matrix", scheme);
+  check(play(&product, 0, 1, MOEPACK_FLOAT, 1) == 0, isa, "a short matrix", scheme);
 }
 
 // A layer's experts, one place of three beyond them; the tape stops at a record that is not at hand.
@@ -233,10 +242,10 @@ void experts(const char* isa, int32_t scheme) {
   steps[1].op = MOEPACK_PYTHON;
   tape_step(isa, "experts of a layer", steps[0], y, 1e-5);
   check(layer.demanded == 4, isa, "experts that were computed with", scheme);
-  check(moepack_tape_run(steps, 0, 2, MOEPACK_INT8, 2) == 1, isa, "a step of the caller's", scheme);
+  check(play(steps, 0, 2, MOEPACK_INT8, 2) == 1, isa, "a step of the caller's", scheme);
   records[0] = nullptr;
-  check(moepack_tape_run(steps, 0, 2, MOEPACK_INT8, 2) == 0, isa, "a missing record", scheme);
-  check(moepack_tape_run(steps, 2, 1, MOEPACK_INT8, 2) == -1, isa, "steps out of order", scheme);
+  check(play(steps, 0, 2, MOEPACK_INT8, 2) == 0, isa, "a missing record", scheme);
+  check(play(steps, 2, 1, MOEPACK_INT8, 2) == -1, isa, "steps out of order", scheme);
 }
 
 }  // namespace

@@ -166,13 +166,28 @@ def decode(
     return out if exact else out.to(dtype)
 
 
-def play(steps: ctypes.Array[Any], begin: int, end: int, int8: bool, threads: int) -> int:
+def play(
+    steps: ctypes.Array[Any],
+    begin: int,
+    end: int,
+    int8: bool,
+    threads: int,
+    seconds: ctypes.Array[ctypes.c_double] | None = None,
+) -> int:
     """Run steps of a tape; see ``moepack_tape_run`` in csrc/moepack.h.
+
+    Args:
+        steps: The tape.
+        begin: The first step to run.
+        end: The step to stop before.
+        int8: Whether activations are rounded to 8 bits.
+        threads: Threads that compute.
+        seconds: One for each step, to which the step's time is added.
 
     Returns:
         The first step that was not done, ``end`` when all were.
     """
-    at = int(loaded().moepack_tape_run(steps, begin, end, int8, threads))
+    at = int(loaded().moepack_tape_run(steps, begin, end, int8, threads, seconds))
     if at < begin:
         raise ValueError("the native library refused a tape")
     return at

@@ -22,6 +22,7 @@ from .attention import recorded_attention
 from .kv import GrowingLayer, take_over
 from .overlap import reads_early
 from .player import Player
+from .profile import Profile
 from .record import CannotRecord, Recorder, differences, recording
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,14 @@ class TapeForward:
         if self._player is None:
             return "decoding not recorded yet"
         return f"decoding recorded, {self._player.native_share:.0%} native"
+
+    def profile(self, profile: Profile | None) -> None:
+        """Write the times of tokens that are played from now on there, or nowhere.
+
+        Nothing is written where transformers' own code decodes.
+        """
+        if self._player is not None:
+            self._player.profile = profile
 
     @property
     def playing(self) -> bool:

@@ -40,10 +40,15 @@ class _Buffers:
         keys: ``[1, heads, tokens, width]`` float32, to begin with.
         values: The same.
         half: Whether they may be kept as float16.
+
+    Attributes:
+        filled: Tokens that are there.
+        one_text: Whether it holds a single text, in numbers that are played; asked for every token.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, half: bool) -> None:
         self.filled = 0
+        self.one_text = len(keys) == 1 and (half or keys.dtype is torch.float32)
         dtype = torch.float16 if half else keys.dtype
         self.keys, self.values = keys[:, :, :0].to(dtype), values[:, :, :0].to(dtype)
         self.write(0, keys, values)
@@ -232,6 +237,6 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
 def _fits(layer: DynamicLayer) -> bool:
     mine = layer.buffers if isinstance(layer, GrowingLayer) else None
     if mine is not None:
-        return len(mine.keys) == 1 and mine.keys.dtype in (torch.float32, torch.float16)
+        return mine.one_text
     keys = layer.keys
     return keys is not None and len(keys) == 1 and keys.dtype is torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .kv import GrowingLayer
 from .lower import Call, embedding_step, lower
 from .pool import compact
+from .profile import Profile
 from .record import CannotRecord, Opaque, Step
 from .steps import Kv, NativeStep, Op, elementwise, is_floats
 
@@ -33,6 +35,9 @@ class Player:
         layers: The cache layers it used, in the order of the model.
         engine: The native engine.
         keep: Further results that are read from outside, and must stay where they are.
+
+    Attributes:
+        profile: Where each token's times go, if somebody wants them.
 
     Raises:
         CannotRecord: Something in it cannot be played.
@@ -56,6 +61,7 @@ class Player:
         self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
         self._playing: Sequence[GrowingLayer] = ()
+        self.profile: Profile | None = None
         self._alive: list[Any] = [_memory(step) for step in steps]
         found: list[NativeStep] = []
         fixed = [token, position, logits]
@@ -102,6 +108,7 @@ class Player:
         Returns:
             Logits ``[1, 1, vocabulary]``, a copy.
         """
+        start = time.perf_counter()
         self._token.fill_(token)
         self._position.fill_(position)
         self._playing = layers
@@ -109,11 +116,15 @@ class Player:
             self._point(number, layer, kv, position)
         at = 0
         mode, threads = self._engine.int8, self._engine.threads
+        taken = None if self.profile is None else (ctypes.c_double * self._count)()
         while True:
-            at = native.play(self._steps, at, self._count, mode, threads)
+            at = native.play(self._steps, at, self._count, mode, threads, taken)
             if at == self._count:
                 break
+            start_call = time.perf_counter()
             self._calls[at]()
+            if taken is not None:
+                taken[at] = time.perf_counter() - start_call
             at += 1
         self._playing = ()
         for layer in layers:
@@ -121,6 +132,9 @@ class Player:
         # Not clone(): so large a copy wakes torch's threads, which takes longer than the copy.
         logits = torch.empty_like(self._logits)
         ctypes.memmove(logits.data_ptr(), self._logits.data_ptr(), logits.nbytes)
+        if self.profile is not None and taken is not None:
+            seconds = time.perf_counter() - start
+            self.profile.add(list(self._steps), list(taken), seconds)
         return logits
 
     def _point(self, number: int, layer: GrowingLayer, kv: Kv, position: int) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,14 @@ def common_options(function: F) -> F:
     return function
 
 
+def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[F], F]:
+    """An option for a field of :class:`RuntimeOptions` that has one of a few values."""
+    default = getattr(RuntimeOptions, name.removeprefix("--"))
+    return click.option(
+        name, type=click.Choice(choices), default=default, show_default=True, help=text
+    )
+
+
 def runtime_options(function: F) -> F:
     """The options of every command that runs a model."""
     for option in (
@@ -57,35 +65,23 @@ def runtime_options(function: F) -> F:
             type=click.IntRange(1, MAX_THREADS),
             help="Threads [default: physical cores].",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(DEVICES),
-            default=RuntimeOptions.device,
-            show_default=True,
-            help="Where to compute; auto is a GPU where there is one.",
-        ),
-        click.option(
+        _choice("--device", DEVICES, "Where to compute; auto is a GPU where there is one."),
+        _choice(
             "--hybrid",
-            type=click.Choice(HYBRID_MODES),
-            default=RuntimeOptions.hybrid,
-            show_default=True,
-            help="Experts that are not in GPU memory: compute them on the CPU never, always, or "
+            HYBRID_MODES,
+            "Experts that are not in GPU memory: compute them on the CPU never, always, or "
             "where that is estimated to be faster than copying. The CPU rounds otherwise than the "
             "GPU: only with off does any budget give the same tokens.",
         ),
-        click.option(
+        _choice(
             "--activations",
-            type=click.Choice(ACTIVATIONS),
-            default=RuntimeOptions.activations,
-            show_default=True,
-            help="Inputs of packed matrices: rounded to 8 bits, or exact and slower.",
+            ACTIVATIONS,
+            "Inputs of packed matrices: rounded to 8 bits, or exact and slower.",
         ),
-        click.option(
+        _choice(
             "--engine",
-            type=click.Choice(ENGINES),
-            default=RuntimeOptions.engine,
-            show_default=True,
-            help="What computes with packed weights; auto is native where it was built.",
+            ENGINES,
+            "What computes with packed weights; auto is native where it was built.",
         ),
         click.option(
             "--cache-bias",
@@ -101,20 +97,12 @@ def runtime_options(function: F) -> F:
             metavar="TRACE",
             help="Keep the experts most used in a trace, in half of the memory for experts.",
         ),
-        click.option(
+        _choice(
             "--scope",
-            type=click.Choice(SCOPES),
-            default=RuntimeOptions.scope,
-            show_default=True,
-            help="Whether all layers share the memory for experts or each has an equal part.",
+            SCOPES,
+            "Whether all layers share the memory for experts or each has an equal part.",
         ),
-        click.option(
-            "--policy",
-            type=click.Choice(runnable_names()),
-            default=RuntimeOptions.policy,
-            show_default=True,
-            help="Which cached expert gives way.",
-        ),
+        _choice("--policy", runnable_names(), "Which cached expert gives way."),
         click.option(
             "--record/--no-record",
             "tape",
@@ -127,12 +115,10 @@ def runtime_options(function: F) -> F:
             default=RuntimeOptions.prefetch,
             help="Guess the next layer's experts.",
         ),
-        click.option(
+        _choice(
             "--io",
-            type=click.Choice(IO_MODES),
-            default=RuntimeOptions.io,
-            show_default=True,
-            help="How records are read; auto maps the files when the whole pack fits and reads "
+            IO_MODES,
+            "How records are read; auto maps the files when the whole pack fits and reads "
             "them past the page cache otherwise.",
         ),
         click.option(

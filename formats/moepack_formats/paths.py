@@ -1,4 +1,4 @@
-"""File names a manifest may hold: plain, relative, inside the pack."""
+"""File names that may be followed: plain, relative, inside their folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ _MAX_PART_NBYTES = 240
 _MAX_NAME_NBYTES = 1_000
 
 
-def check_relative(name: str) -> str:
-    """Refuse a name that could point outside the pack on any system.
+def is_plain(name: str) -> bool:
+    """Whether a name cannot point outside its folder, on any system.
 
-    Raises:
-        FormatError: Absolute, with ``..``, a backslash, a drive letter, a NUL or another control
-            character, an empty part, or too long for a file system.
+    False for one that is absolute, has ``..``, a backslash, a drive letter, a NUL or another
+    control character, an empty part, or is too long for a file system.
     """
     parts = name.split("/")
-    bad = (
+    return not (
         not name
         or not name.isprintable()
         or "\\" in name
@@ -31,7 +30,15 @@ def check_relative(name: str) -> str:
         or len(name.encode()) > _MAX_NAME_NBYTES
         or any(len(part.encode()) > _MAX_PART_NBYTES for part in parts)
     )
-    if bad:
+
+
+def check_relative(name: str) -> str:
+    """Refuse a name that could point outside the pack on any system.
+
+    Raises:
+        FormatError: It is not plain, see :func:`is_plain`.
+    """
+    if not is_plain(name):
         raise FormatError("unsafe file name", where=repr(name), wanted="a plain relative path")
     return name
 
@@ -65,11 +72,30 @@ def resolve_inside(root: Path, name: str) -> Path:
         inside = root.resolve()
     except (OSError, RuntimeError) as error:
         raise FormatError(f"cannot follow the path: {error}", where=name) from None
-    allowed = [inside]
-    if inside.parent.name == "snapshots":
-        # The repository's own blobs, and the store that a cache's repositories share.
-        repository = inside.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(real.is_relative_to(folder) for folder in allowed):
+    if not is_inside(real, inside):
         raise FormatError("a symbolic link leaves the pack", where=name, got=real)
     return path
+
+
+def is_inside(real: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder, or in the Hub cache's blobs that the folder links to.
+
+    Args:
+        real: The path, with its links followed.
+        folder: The folder, with its links followed.
+    """
+    allowed = [folder]
+    snapshot = hub_snapshot(folder)
+    if snapshot is not None:
+        # The repository's own blobs, and the store that a cache's repositories share.
+        repository = snapshot.parent.parent
+        allowed += [repository / "blobs", repository.parent / "blobs"]
+    return any(real.is_relative_to(root) for root in allowed)
+
+
+def hub_snapshot(folder: Path) -> Path | None:
+    """The snapshot folder of a Hub cache that ``folder`` is or lies in."""
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path
+    return None

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from . import checksum, osio
-from .errors import FormatError, IntegrityError
+from . import osio
+from .errors import IntegrityError
 from .layer import LayerFile
-from .manifest import PACKED_SUFFIX, Manifest, PackedEntry
+from .manifest import Manifest
 from .matrix import floats_are_finite
 from .pack import REMEDY, Pack, check_record
 from .paths import resolve_inside
 from .record import RecordSpec
 from .schemes import TILE_ROWS, get_scheme
-from .tensor_file import TensorEntry, read_header
 from .tiles import Bytes
+from .trunk import TrunkTensor, check_complete, read_trunk_file
 
 Progress = Callable[[int], object]
 """Called with the number of bytes checked since the last call."""
@@ -89,9 +89,7 @@ def verify_pack(folder: Path, progress: Progress | None = None) -> VerifyReport:
                     remedy=REMEDY,
                 )
             nbytes += reader.offset
-        missing = sorted(manifest.trunk.keys() - seen)
-        if missing:
-            raise FormatError("a trunk tensor is missing", where=missing[0], remedy=REMEDY)
+        check_complete(manifest, seen)
         records = sum(len(layer) for layer in pack.layers)
         return VerifyReport(len(manifest.files), records, len(seen), nbytes)
 
@@ -158,64 +156,28 @@ def _not_finite(record: Bytes, spec: RecordSpec) -> str | None:
 
 
 def _check_trunk_file(manifest: Manifest, reader: _Reader, seen: set[str]) -> set[str]:
-    header = read_header(reader.descriptor, reader.name)
-    facts = manifest.files[reader.name]
-    if checksum.xxh3(header.raw) != facts.header_xxh3:
-        raise IntegrityError(
-            "the header is not the one that was written", where=reader.name, remedy=REMEDY
-        )
+    header, tensors = read_trunk_file(manifest, reader.descriptor, reader.name, seen)
     reader.take(header.data_start)
-    for tensor in header.tensors.values():
-        place = f"{reader.name}: {tensor.name}"
-        wanted = manifest.trunk.get(tensor.name)
-        if wanted is None or tensor.name in seen:
-            raise FormatError("unknown tensor, or one that is in two files", where=place)
-        _check_trunk_tensor(reader, tensor, wanted, _packed(manifest, tensor, place), place)
+    for tensor in tensors:
+        _check_trunk_tensor(reader, tensor)
     return set(header.tensors)
 
 
-def _packed(manifest: Manifest, tensor: TensorEntry, place: str) -> PackedEntry | None:
-    """How a tensor of the trunk is packed, if it is."""
-    if not tensor.name.endswith(PACKED_SUFFIX):
-        return None
-    entry = manifest.packed.get(tensor.name.removesuffix(PACKED_SUFFIX))
-    if entry is not None:
-        nbytes = get_scheme(entry.scheme).packed_nbytes(*entry.shape)
-        if (tensor.dtype, tensor.shape) != ("U8", (nbytes,)):
-            raise FormatError(
-                "packed tensor has the wrong type or size",
-                where=place,
-                wanted=f"U8 [{nbytes}]",
-                got=f"{tensor.dtype} {list(tensor.shape)}",
-            )
-    return entry
-
-
-def _check_trunk_tensor(
-    reader: _Reader, tensor: TensorEntry, wanted: str, packed: PackedEntry | None, place: str
-) -> None:
+def _check_trunk_tensor(reader: _Reader, tensor: TrunkTensor) -> None:
     digest, finite = xxhash.xxh3_128(), True
-    if packed is None:
-        for piece in reader.pieces(tensor.nbytes):
+    if tensor.packed is None:
+        for piece in reader.pieces(tensor.entry.nbytes):
             digest.update(piece.data)
     else:
-        scheme, cols = get_scheme(packed.scheme), packed.shape[1]
+        scheme, cols = get_scheme(tensor.packed.scheme), tensor.packed.shape[1]
         tile = scheme.tile_nbytes(cols)
-        for piece in reader.pieces(tensor.nbytes, tile):
+        for piece in reader.pieces(tensor.entry.nbytes, tile):
             digest.update(piece.data)
             finite = finite and floats_are_finite(piece.reshape(-1, tile), scheme, cols)
-    got = digest.hexdigest()
-    if got != wanted:
-        raise IntegrityError(
-            "a trunk tensor's bytes are damaged",
-            where=place,
-            wanted=f"xxh3 {wanted}",
-            got=got,
-            remedy=REMEDY,
-        )
+    tensor.check(digest.hexdigest())
     if not finite:
         raise IntegrityError(
             "a packed tensor holds a value that is not finite",
-            where=place,
+            where=tensor.place,
             remedy="convert again from an undamaged source",
         )

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from moepack_formats import osio
 from moepack_formats.errors import UsageError
 from moepack_runtime.options import (
     ACTIVATIONS,
+    DEVICES,
     ENGINES,
     HYBRID_MODES,
     IO_MODES,
@@ -48,6 +49,14 @@ def common_options(function: F) -> F:
     return function
 
 
+def _choice(name: str, choices: Sequence[str], text: str) -> Callable[[F], F]:
+    """An option for a field of :class:`RuntimeOptions` that has one of a few values."""
+    default = getattr(RuntimeOptions, name.removeprefix("--"))
+    return click.option(
+        name, type=click.Choice(choices), default=default, show_default=True, help=text
+    )
+
+
 def runtime_options(function: F) -> F:
     """The options of every command that runs a model."""
     for option in (
@@ -56,40 +65,28 @@ def runtime_options(function: F) -> F:
             type=click.IntRange(1, MAX_THREADS),
             help="Threads [default: physical cores].",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-            help="Where to compute; auto is a GPU where there is one.",
-        ),
-        click.option(
+        _choice("--device", DEVICES, "Where to compute; auto is a GPU where there is one."),
+        _choice(
             "--hybrid",
-            type=click.Choice(HYBRID_MODES),
-            default="auto",
-            show_default=True,
-            help="Experts that are not in GPU memory: compute them on the CPU never, always, or "
+            HYBRID_MODES,
+            "Experts that are not in GPU memory: compute them on the CPU never, always, or "
             "where that is estimated to be faster than copying. The CPU rounds otherwise than the "
             "GPU: only with off does any budget give the same tokens.",
         ),
-        click.option(
+        _choice(
             "--activations",
-            type=click.Choice(ACTIVATIONS),
-            default="int8",
-            show_default=True,
-            help="Inputs of packed matrices: rounded to 8 bits, or exact and slower.",
+            ACTIVATIONS,
+            "Inputs of packed matrices: rounded to 8 bits, or exact and slower.",
         ),
-        click.option(
+        _choice(
             "--engine",
-            type=click.Choice(ENGINES),
-            default="auto",
-            show_default=True,
-            help="What computes with packed weights; auto is native where it was built.",
+            ENGINES,
+            "What computes with packed weights; auto is native where it was built.",
         ),
         click.option(
             "--cache-bias",
             type=click.FloatRange(0, 1),
-            default=0.0,
+            default=RuntimeOptions.cache_bias,
             metavar="X",
             help="Lossy: choose experts in memory where router scores are close, X of their spread "
             "(such as 0.1); `moepack eval` says what it costs [default: 0, off].",
@@ -100,36 +97,28 @@ def runtime_options(function: F) -> F:
             metavar="TRACE",
             help="Keep the experts most used in a trace, in half of the memory for experts.",
         ),
-        click.option(
+        _choice(
             "--scope",
-            type=click.Choice(SCOPES),
-            default=RuntimeOptions.scope,
-            show_default=True,
-            help="Whether all layers share the memory for experts or each has an equal part.",
+            SCOPES,
+            "Whether all layers share the memory for experts or each has an equal part.",
         ),
-        click.option(
-            "--policy",
-            type=click.Choice(runnable_names()),
-            default=RuntimeOptions.policy,
-            show_default=True,
-            help="Which cached expert gives way.",
-        ),
+        _choice("--policy", runnable_names(), "Which cached expert gives way."),
         click.option(
             "--record/--no-record",
             "tape",
-            default=True,
+            default=RuntimeOptions.tape,
             help="On the CPU: record one decoded token and let the native library play the next "
             "ones, which is faster; or leave all of them to transformers' own code.",
         ),
         click.option(
-            "--prefetch/--no-prefetch", default=True, help="Guess the next layer's experts."
+            "--prefetch/--no-prefetch",
+            default=RuntimeOptions.prefetch,
+            help="Guess the next layer's experts.",
         ),
-        click.option(
+        _choice(
             "--io",
-            type=click.Choice(IO_MODES),
-            default="auto",
-            show_default=True,
-            help="How records are read; auto maps the files when the whole pack fits and reads "
+            IO_MODES,
+            "How records are read; auto maps the files when the whole pack fits and reads "
             "them past the page cache otherwise.",
         ),
         click.option(
@@ -186,25 +175,20 @@ def set_up(verbose: bool) -> None:
 def load(
     pack: str,
     *,
-    revision: str | None,
-    ram: int | None,
-    slots: int | None,
     io: str,
-    prefetch: bool,
-    policy: str,
-    scope: str,
     pin: Path | None,
-    cache_bias: float,
-    device: str,
-    vram: int | None,
-    hybrid: str,
     threads: int | None,
-    engine: str,
-    activations: str,
-    tape: bool,
     **more: Any,
 ) -> Any:
     """Load a pack for a command, fetching it first if ``pack`` is a Hub id.
+
+    Args:
+        pack: Folder or Hub id.
+        io: As in :class:`RuntimeOptions`.
+        pin: A trace whose most used experts stay.
+        threads: None for one for each physical core.
+        more: The other options of :func:`runtime_options`, and fields of
+            :class:`RuntimeOptions` that have no option.
 
     Raises:
         UsageError: There is no such device, or an option was given that would do nothing.
@@ -226,26 +210,7 @@ def load(
     threads = threads or physical_cores()
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    model = load_pack(
-        pack,
-        revision=revision,
-        ram=ram,
-        slots=slots,
-        io=io,
-        prefetch=prefetch,
-        policy=policy,
-        scope=scope,
-        pins=pins,
-        cache_bias=cache_bias,
-        engine=engine,
-        activations=activations,
-        tape=tape,
-        threads=threads,
-        device=device,
-        vram=vram,
-        hybrid=hybrid,
-        **more,
-    )
+    model = load_pack(pack, io=io, pins=pins, threads=threads, **more)
     unused = given(*_SLOT_OPTIONS)
     if unused and is_mapped(model):
         _log.info("the whole pack fits and is mapped: %s does nothing", ", ".join(unused))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moepack_formats import osio
-from moepack_formats.errors import MoepackError, UsageError
+from moepack_formats.errors import MoepackError, ResourceError, UsageError
 from moepack_formats.manifest import MANIFEST_NAME
 
 from .common import common_options, load, print_json, read_text, runtime_options, say, set_up
@@ -159,13 +159,18 @@ def _compute_ms(model: Any, ids: Tensor) -> float | None:
 
 
 def _disk_mbps(pack: Pack) -> float | None:
-    """Of the pack's own records, one after another past the page cache where that can be."""
+    """Of the pack's own records, one after another past the page cache; None where that fails.
+
+    What the page cache gives is not recorded in its place: `moepack simulate` would promise it.
+    """
     from moepack_runtime.calibrate import read_speed
 
     records = [at for layer in pack.layers for at in layer]
-    for descriptor in {at.descriptor for at in records}:
-        osio.set_direct(descriptor, True)
     try:
+        for at in {at.descriptor: at for at in records}.values():
+            with osio.io_errors(at.file):
+                if not osio.set_direct(at.descriptor, True):
+                    raise ResourceError("the file system refuses direct reads", where=at.file)
         return read_speed(records, 1, _DISK_SECONDS) / 1e6
     except MoepackError as error:
         say(f"the speed of the disk is not known: {error}")

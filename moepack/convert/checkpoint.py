@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import constants
 
 from moepack.convert.folder_source import FolderCheckpoint
-from moepack.convert.gptq import GPTQCheckpoint, GPTQSettings, gptq_settings
+from moepack.convert.gptq import GPTQCheckpoint
+from moepack.convert.gptq_settings import GPTQSettings, gptq_settings
 from moepack.convert.hub_source import download, download_small_files
 from moepack.convert.source_files import read_config
 from moepack.convert.streamed_source import StreamedCheckpoint

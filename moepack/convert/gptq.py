@@ -14,138 +14,24 @@ Format "gptq" stores z - 1, format "gptq_v2" stores z.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from moepack.convert.folder_source import FolderCheckpoint
-from moepack.convert.source_files import read_json
-from moepack_formats.errors import IntegrityError, UsageError
+from moepack_formats.errors import IntegrityError
 
-BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
-KEPT_METHODS = ("fp8", "mxfp4")  # dequantized later, by transformers' own weight conversion
+from .folder_source import FolderCheckpoint
+from .gptq_codes import decode_zeros, unpack_bits, words_of
+from .gptq_settings import BITS, GPTQSettings, without_quantization
+
 INPUTS_AT_ONCE = 1024  # rows of q that are widened to 16 bits at a time
-
-# What GPTQModel 1.8 to 6.0 took off each run of three words of 3-bit zero points where it meant to
-# take 1 off each zero point.
-_WORDWISE_INT3 = (0x24924924, 0x92492492, 0x49249249)
-_WORDWISE_INT3_UNTIL = (6, 1)
 
 _PART_DTYPES = {
     "qweight": (torch.int32,),
     "qzeros": (torch.int32,),
     "scales": (torch.float16, torch.bfloat16, torch.float32),
 }
-
-
-@dataclass(frozen=True)
-class GPTQSettings:
-    """What ``quantization_config`` says that the tensors do not.
-
-    Attributes:
-        bits: Code width; a Linear whose tensors have another one (GPTQModel's ``dynamic``) is read
-            at its own.
-        group_size: Inputs per group, -1 for one group; used where ``g_idx`` is absent.
-        zeros_less_one: Zero points are stored less one (format "gptq").
-        symmetric: Every zero point is half the code range.
-        wordwise_int3: 3-bit zero points were stored by a GPTQModel before 6.1.
-    """
-
-    bits: int
-    group_size: int
-    zeros_less_one: bool
-    symmetric: bool
-    wordwise_int3: bool = False
-
-
-def gptq_settings(config: Mapping[str, Any], folder: Path) -> GPTQSettings | None:
-    """Read how a checkpoint is quantized.
-
-    Args:
-        config: The content of ``config.json``.
-        folder: The checkpoint's folder; AutoGPTQ put ``quantize_config.json`` there.
-
-    Returns:
-        The settings of a GPTQ checkpoint; None when the checkpoint is not quantized, or in a way
-        that is dequantized later.
-
-    Raises:
-        UsageError: It is quantized in a way that is not supported.
-    """
-    text = config.get("text_config")
-    for owner in (config, text if isinstance(text, Mapping) else {}):
-        for name in ("quantization_config", "compression_config"):
-            found = owner.get(name)
-            if found is None:
-                continue
-            if not isinstance(found, Mapping):
-                raise UsageError(f"{name} is not an object", where=folder / "config.json")
-            return _settings(found, _method(found), folder / "config.json")
-    if os.path.lexists(folder / "quantize_config.json"):
-        found = read_json(folder, "quantize_config.json")
-        return _settings(found, str(found.get("quant_method") or "gptq"), folder)
-    return None
-
-
-def _method(found: Mapping[str, Any]) -> str:
-    method = found.get("quant_method")
-    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        return "bitsandbytes"
-    return str(method)
-
-
-def _settings(found: Mapping[str, Any], method: str, where: Path) -> GPTQSettings | None:
-    if method in KEPT_METHODS:
-        return None
-    if method != "gptq":
-        raise UsageError(
-            "the weights are quantized in a way that is not supported",
-            where=where,
-            wanted="unquantized, gptq, " + ", ".join(KEPT_METHODS),
-            got=method,
-            remedy="convert the unquantized checkpoint instead",
-        )
-    form = found.get("checkpoint_format") or found.get("format") or "gptq"
-    if found.get("is_marlin_format"):
-        form = "marlin"
-    bits, group_size = found.get("bits"), found.get("group_size", -1)
-    for what, wanted, got in (
-        ("GPTQ format", FORMATS, form),
-        ("GPTQ bits", BITS, bits),
-        ("GPTQ pack_dtype", ("int32",), found.get("pack_dtype", "int32")),
-        ("GPTQ rotation", (None,), found.get("rotation")),
-    ):
-        if got not in wanted:
-            choice = " or ".join("none" if item is None else str(item) for item in wanted)
-            raise UsageError(f"{what} not supported", where=where, wanted=choice, got=repr(got))
-    if type(group_size) is not int or (group_size < 1 and group_size != -1):
-        raise UsageError(
-            "GPTQ group_size not supported",
-            where=where,
-            wanted="-1 or a positive integer",
-            got=repr(group_size),
-        )
-    return GPTQSettings(
-        bits=int(bits or 0),
-        group_size=group_size,
-        zeros_less_one=form == "gptq",
-        symmetric=found.get("sym") is True,
-        wordwise_int3=_wrote_wordwise_int3(found.get("meta")),
-    )
-
-
-def _wrote_wordwise_int3(meta: object) -> bool:
-    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    for name in quantizer if isinstance(quantizer, list) else [quantizer]:
-        if found := re.match(r"gptqmodel:(\d+)\.(\d+)", str(name)):
-            return (int(found[1]), int(found[2])) < _WORDWISE_INT3_UNTIL
-    return False
 
 
 @dataclass(frozen=True)
@@ -177,7 +63,7 @@ class GPTQCheckpoint:
         self.folder = plain.folder
         self.source = plain.source
         self.notices = plain.notices
-        self.config = _without_quantization(plain.config)
+        self.config = without_quantization(plain.config)
         every = plain.keys()
         present = set(every)
         self._linears: dict[str, _Linear] = {}
@@ -276,7 +162,7 @@ class GPTQCheckpoint:
         fitting = [
             bits
             for bits in (self._settings.bits, *BITS)
-            if qweight == (_words(cols, bits), rows) and qzeros == (groups, _words(rows, bits))
+            if qweight == (words_of(cols, bits), rows) and qzeros == (groups, words_of(rows, bits))
         ]
         if not fitting or not rows or not cols or not groups:
             raise IntegrityError(
@@ -320,90 +206,3 @@ class GPTQCheckpoint:
                 got=low if low < 0 else high,
             )
         return group
-
-
-def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Unpack a little-endian bitstream that runs along the first dimension.
-
-    Args:
-        words: int32 ``[ceil(count * bits / 32), n]``.
-        bits: Width of a code, 1 to 8.
-        count: Codes in each column.
-
-    Returns:
-        uint8 ``[count, n]``.
-    """
-    # After `bits` words the stream is at a word boundary again, 32 codes later.
-    runs = -(-words.shape[0] // bits)
-    padding = runs * bits - words.shape[0]
-    if padding:
-        words = torch.cat([words, words.new_zeros(padding, words.shape[1])])
-    words = words.view(runs, bits, -1)
-    codes = torch.empty(runs, 32, words.shape[2], dtype=torch.uint8)
-    mask = (1 << bits) - 1
-    for code in range(32):
-        word, shift = divmod(code * bits, 32)
-        value = words[:, word] >> shift
-        if shift + bits > 32:
-            # The shift filled in copies of the sign: only the word's own bits count.
-            value = (value & ((1 << (32 - shift)) - 1)) | (words[:, word + 1] << (32 - shift))
-        codes[:, code] = value & mask
-    return codes.view(runs * 32, -1)[:count]
-
-
-def decode_zeros(
-    words: torch.Tensor, bits: int, outputs: int, settings: GPTQSettings
-) -> torch.Tensor:
-    """Decode zero points.
-
-    Args:
-        words: int32 ``[groups, ceil(outputs * bits / 32)]``.
-        bits: Width of a zero point.
-        outputs: Zero points in each group.
-        settings: How they were stored.
-
-    Returns:
-        int16 ``[groups, outputs]``.
-    """
-
-    def unpack(packed: torch.Tensor) -> torch.Tensor:
-        return unpack_bits(packed.T.contiguous(), bits, outputs).T.to(torch.int16)
-
-    stored = unpack(words)
-    if not settings.zeros_less_one:
-        return stored
-    half = 1 << (bits - 1)
-    if settings.symmetric and bool((stored == half).all()):
-        # Published checkpoints exist that say "gptq" and store z. A symmetric one gives itself
-        # away, since z is half the code range in every group of it.
-        return stored
-    if bits != 3:
-        # Added to the word and not to each zero point: GPTQModel took the ones off that way, and
-        # only so does the borrow from a zero point of 0 come back.
-        ones = sum(1 << shift for shift in range(0, 32, bits))
-        return unpack(_wrapping_add(words, torch.tensor(ones)))
-    plain = (stored + 1) & 7
-    offsets = torch.tensor(_WORDWISE_INT3)[torch.arange(words.shape[1]) % 3]
-    wordwise = unpack(_wrapping_add(words, offsets))
-    if settings.symmetric:
-        for zeros in (plain, wordwise):
-            if bool((zeros == half).all()):
-                return zeros
-    return wordwise if settings.wordwise_int3 else plain
-
-
-def _wrapping_add(words: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-    """Add modulo 2**32: int32 words plus int64 addend."""
-    total = (words.long() + addend) & 0xFFFFFFFF
-    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
-
-
-def _words(codes: int, bits: int) -> int:
-    return -(-codes * bits // 32)
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(text := plain.get("text_config"), Mapping):
-        plain["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    return plain

@@ -12,80 +12,26 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from moepack.convert.checkpoint import Checkpoint
 from moepack.convert.dequantize import align_block_scales, dequantizer
 from moepack.convert.meta_model import build_meta_model
+from moepack.convert.source_groups import (
+    OneExpertModel,
+    SourceGroup,
+    Target,
+    group_keys,
+    sliced_shape,
+)
 from moepack_formats.errors import UsageError
 from moepack_runtime.experts import ExpertsAdapter, find_experts
 
 __all__ = ["Target", "WeightMapping", "build_meta_model"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor of the trunk, as the model names it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Group:
-    """The source tensors that become one parameter, or several by one conversion.
-
-    Attributes:
-        first: The parameter's name; of several, the first of the converter's targets.
-        converter: How; None when the tensor is only renamed.
-        sources: ``(key, pattern it matched)`` in the loader's order.
-    """
-
-    first: str
-    converter: WeightConverter | None
-    sources: list[tuple[str, str | None]] = field(default_factory=list)
-
-    @cached_property
-    def by_pattern(self) -> dict[str | None, list[str]]:
-        """The sources, sorted by the pattern they matched; complete only after grouping."""
-        patterns: dict[str | None, list[str]] = {}
-        for key, pattern in self.sources:
-            patterns.setdefault(pattern, []).append(key)
-        return patterns
-
-
-class _OneExpertModel:
-    """The model, as a conversion sees it that is given one expert instead of all.
-
-    Some conversions look at the shape of their target to decide whether to transpose.
-    """
-
-    def __init__(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._model = model
-        self._shapes = shapes
-
-    def get_parameter(self, name: str) -> Tensor:
-        whole = self._model.get_parameter(name)
-        shape = self._shapes.get(name)
-        return whole if shape is None else torch.empty(shape, dtype=whole.dtype, device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 class WeightMapping:
@@ -117,39 +63,16 @@ class WeightMapping:
         self._parameters: dict[str, Tensor] = model.state_dict()
         self._quantizer = dequantizer(checkpoint.config)
         self._expert_names = {f"{a.name}.{p}" for a in self.adapters for p in a.parameters}
-        self._groups, self.unexpected = self._group_keys()
+        self._groups, self.unexpected = group_keys(
+            model, checkpoint.keys(), self._parameters, self._quantizer
+        )
         self._targets = {first: self._targets_of(group) for first, group in self._groups.items()}
         self.missing = self._check_complete()
         self._expert_groups = {a.name: self._groups_of(a) for a in self.adapters}
         for adapter in self.adapters:
             self._check_experts(adapter)
 
-    def _group_keys(self) -> tuple[dict[str, _Group], tuple[str, ...]]:
-        """Sorts every key of the checkpoint to its target, as transformers' loader does."""
-        transforms = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix = self.model.base_model_prefix
-        groups: dict[str, _Group] = {}
-        unexpected: list[str] = []
-        for key in sorted(self.checkpoint.keys(), key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, self._parameters)
-            if name not in self._parameters and key in self._parameters:
-                # The table would rename a key that already has its final name.
-                name, pattern = rename_source_key(key, [], [], prefix, self._parameters)
-            if name not in self._parameters:
-                unexpected.append(key)
-                continue
-            converter = None if pattern is None else by_pattern[pattern]
-            group = groups.setdefault(name, _Group(name, converter))
-            if group.converter is None and group.sources:
-                unexpected.append(key)  # the loader keeps the first of two keys for one name
-            else:
-                group.sources.append((key, pattern))
-        return groups, tuple(unexpected)
-
-    def _targets_of(self, group: _Group) -> list[Target]:
+    def _targets_of(self, group: SourceGroup) -> list[Target]:
         """What a group becomes: known beforehand, but for a converter with several targets."""
         names = [group.first]
         if group.converter is not None and len(group.converter.target_patterns) > 1:
@@ -217,8 +140,8 @@ class WeightMapping:
         for parameter in adapter.parameters:
             whole = adapter.shapes[parameter]
             index = adapter.expert_slice(parameter, whole, expert)
-            shapes[f"{adapter.name}.{parameter}"] = _sliced(whole, index)
-        view = cast(PreTrainedModel, _OneExpertModel(self.model, shapes))
+            shapes[f"{adapter.name}.{parameter}"] = sliced_shape(whole, index)
+        view = cast(PreTrainedModel, OneExpertModel(self.model, shapes))
         for group in self._expert_groups[adapter.name]:
             sources = self._sources_of(adapter, group, expert)
             values = [self._read(group, key, index) for key, _, index in sources]
@@ -242,7 +165,7 @@ class WeightMapping:
         """The checkpoint's tensors that the experts of one module come from."""
         return [key for group in self._expert_groups[adapter.name] for key, _ in group.sources]
 
-    def _groups_of(self, adapter: ExpertsAdapter) -> list[_Group]:
+    def _groups_of(self, adapter: ExpertsAdapter) -> list[SourceGroup]:
         prefix = f"{adapter.name}."
         names = {prefix + parameter for parameter in adapter.parameters}
         return [
@@ -252,10 +175,10 @@ class WeightMapping:
         ]
 
     def _sources_of(
-        self, adapter: ExpertsAdapter, group: _Group, expert: int
+        self, adapter: ExpertsAdapter, group: SourceGroup, expert: int
     ) -> list[tuple[str, str | None, tuple[slice, ...] | None]]:
         """``(key, pattern, what to read of it)`` for one expert of one group."""
-        if _merges(group):
+        if group.merges:
             return [(keys[expert], pattern, None) for pattern, keys in group.by_pattern.items()]
         parameter = group.first.removeprefix(f"{adapter.name}.")
         return [
@@ -268,7 +191,7 @@ class WeightMapping:
         for group in self._expert_groups[adapter.name]:
             parameter = group.first.removeprefix(f"{adapter.name}.")
             length = adapter.shapes[parameter][0]
-            if _merges(group):
+            if group.merges:
                 counts = {len(keys) for keys in group.by_pattern.values()}
                 allowed = {adapter.num_experts, length}
             else:
@@ -324,17 +247,17 @@ class WeightMapping:
                 if i >= start and (wanted is None or wanted(target.name)):
                     yield target.name, value.detach().to(target.dtype).contiguous()
 
-    def _trunk_groups(self) -> Iterator[_Group]:
+    def _trunk_groups(self) -> Iterator[SourceGroup]:
         for first, group in self._groups.items():
             if not any(target.name in self._expert_names for target in self._targets[first]):
                 yield group
 
-    def _read(self, group: _Group, key: str, index: tuple[slice, ...] | None) -> Tensor:
+    def _read(self, group: SourceGroup, key: str, index: tuple[slice, ...] | None) -> Tensor:
         tensor = self.checkpoint.read(key, index)
         # The loader casts before it converts, which matters as soon as a conversion computes.
         return tensor.to(self._dtype(group, key))
 
-    def _dtype(self, group: _Group, key: str) -> torch.dtype:
+    def _dtype(self, group: SourceGroup, key: str) -> torch.dtype:
         """The dtype in which a source tensor enters its conversion."""
         stored = self.checkpoint.dtype(key)
         if self._quantizer is None:
@@ -346,7 +269,7 @@ class WeightMapping:
         )
         return stored if wanted is None else cast(torch.dtype, wanted)
 
-    def _dtype_of(self, group: _Group, name: str) -> torch.dtype:
+    def _dtype_of(self, group: SourceGroup, name: str) -> torch.dtype:
         """The dtype of a target."""
         if self._quantizer is not None and len(group.sources) == 1:
             # Not quantized after all: a norm's weight in a quantized checkpoint, for instance.
@@ -364,7 +287,7 @@ class WeightMapping:
 
     def _convert(
         self,
-        group: _Group,
+        group: SourceGroup,
         sources: Sequence[tuple[str, str | None]],
         tensors: Sequence[Tensor],
         model: PreTrainedModel,
@@ -395,13 +318,3 @@ class WeightMapping:
                 got=f"{type(e).__name__}: {e}",
             ) from e
         return {name: v[0] if isinstance(v, list) else v for name, v in out.items()}
-
-
-def _merges(group: _Group) -> bool:
-    """Whether the sources are one tensor per expert."""
-    operations = () if group.converter is None else group.converter.operations
-    return any(isinstance(operation, MergeModulelist) for operation in operations)
-
-
-def _sliced(shape: Sequence[int], index: Sequence[slice]) -> tuple[int, ...]:
-    return tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))

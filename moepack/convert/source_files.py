@@ -10,12 +10,13 @@ import json
 import os
 import stat
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from moepack_formats.errors import IntegrityError, UsageError
 from moepack_formats.manifest import Source
 from moepack_formats.osio import io_errors, resource_error
+from moepack_formats.paths import hub_snapshot, is_inside, is_plain
 
 JSON_CAP = 100 << 20  # bytes; what safetensors itself allows a header
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -125,17 +126,14 @@ def check_relative(name: str, where: Path) -> None:
     """Refuse a file name that could point outside the folder on any system.
 
     Raises:
-        UsageError: It is absolute, has ``..``, a backslash, a drive or a NUL, or is empty.
+        UsageError: It is not plain, see :func:`moepack_formats.paths.is_plain`.
     """
-    if (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or PureWindowsPath(name).drive
-        or name.startswith("/")
-        or ".." in PurePosixPath(name).parts
-    ):
-        raise UsageError("a file name leaves the checkpoint", where=where, got=repr(name))
+    if not is_plain(name):
+        raise UsageError(
+            "a file name leaves the checkpoint, or might on another system",
+            where=where,
+            got=repr(name),
+        )
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -164,33 +162,16 @@ def safe_path(folder: Path, name: str) -> Path:
         raise resource_error(error, where) from error
     except RuntimeError:  # a loop of links, before Python 3.13
         raise UsageError("a loop of links", where=where) from None
-    if not any(path.is_relative_to(root) for root in (folder.resolve(), *_hub_blobs(folder))):
+    if not is_inside(path, folder.resolve()):
         raise UsageError("the file is a link that leaves the checkpoint", where=where)
     if not stat.S_ISREG(mode):
         raise UsageError("not a regular file", where=where)
     return path
 
 
-def _snapshot(folder: Path) -> Path | None:
-    """The snapshot folder of a Hub cache that `folder` is or lies in."""
-    for path in (folder, *folder.parents):
-        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-            return path
-    return None
-
-
-def _hub_blobs(folder: Path) -> list[Path]:
-    snapshot = _snapshot(folder.resolve())
-    if snapshot is None:
-        return []
-    repo = snapshot.parent.parent
-    # The second is the store that the cache's repositories share (huggingface_hub 2).
-    return [repo / "blobs", repo.parent / "blobs"]
-
-
 def read_source(folder: Path, repo_id: str | None = None) -> Source:
     """Where a resolved folder came from: a Hub cache's layout and the model card tell."""
-    snapshot = _snapshot(folder)
+    snapshot = hub_snapshot(folder)
     if snapshot is None:
         # The folder's name alone: its path says things about the machine.
         return Source(id=repo_id or folder.name, license=_license(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from moepack_runtime.hub.listing import COMPRESSED_SUFFIX, LAYER_FOLDER
 from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import LIBRARY, RemoteRepo
 from moepack_runtime.hub.retry import retrying
+from moepack_runtime.options import format_size
 
 from .card import MAX_CARD_NBYTES, Quality, is_ours, model_card
 from .upload import Item, upload
 
 CARD_NAME = "README.md"
+_log = logging.getLogger(__name__)
+
 MESSAGE = "Upload a pack with moepack"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
@@ -215,20 +219,24 @@ def _card(
 ) -> bytes | None:
     """The card to upload: the user's own, or one from the manifest; None to leave it as it is."""
     local = folder / CARD_NAME
+    own = local.read_bytes() if local.is_file() else b""
     data = model_card(manifest, repo_id=repo_id, quality=quality)
-    if local.is_file() and not is_ours(local.read_bytes()):
-        data = local.read_bytes()
+    if is_users := bool(own) and not is_ours(own):
+        data = own
     there = remote.files.get(CARD_NAME)
     if there is None:
         return data
     if there.blob_id == _git_id(data):
         return None
-    if there.size > MAX_CARD_NBYTES:  # none of ours
+    too_large = there.size > MAX_CARD_NBYTES  # none of ours: it is not read
+    if too_large or not is_ours(remote.read_range(CARD_NAME, 0, max(there.size, 1))):
+        if too_large or is_users or quality is not None:
+            why = f"it has {format_size(there.size)}" if too_large else "it was edited on the Hub"
+            _log.warning("%s of %s stays as it is: %s", CARD_NAME, repo_id, why)
         return None
-    shown = remote.read_range(CARD_NAME, 0, max(there.size, 1))
-    # One that was edited on the Hub stays; so does one whose figures this push does not know.
-    same_pack = quality is None and _has_manifest(remote, folder)
-    return data if is_ours(shown) and not same_pack else None
+    # One whose figures this push does not know stays, too.
+    same_pack = quality is None and not is_users and _has_manifest(remote, folder)
+    return None if same_pack else data
 
 
 def _item(folder: Path, manifest: Manifest, name: str, remote_name: str) -> Item:

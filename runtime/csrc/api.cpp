@@ -55,6 +55,8 @@ int64_t moepack_packed_nbytes(int32_t scheme, int64_t rows, int64_t cols) {
   return ceil_div(rows, kTileRows) * kFormats[scheme].tile_nbytes(cols);
 }
 
+int32_t moepack_start_threads(int32_t threads) { return start_threads(threads < 1 ? 1 : threads); }
+
 uint64_t moepack_read(const uint8_t* data, int64_t nbytes, int32_t threads) {
   if (data == nullptr || nbytes < 0 || threads < 1) return 0;
   constexpr int64_t each = 1 << 20;

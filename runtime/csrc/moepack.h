@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 5
+#define MOEPACK_ABI 6
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -124,6 +124,10 @@ typedef struct {
  * `seconds` is not NULL, seconds[i] grows by what steps[i] took. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
                                      int32_t mode, int32_t threads, double* seconds);
+
+/* Start `threads` threads, the caller's among them, and return how many there are: fewer where the
+ * system refuses. Other functions start what they lack and do with what they get. */
+MOEPACK_API int32_t moepack_start_threads(int32_t threads);
 
 /* Read every byte once and return their sum as 64-bit words: the speed of memory, to compare with. */
 MOEPACK_API uint64_t moepack_read(const uint8_t* data, int64_t nbytes, int32_t threads);

@@ -48,21 +48,20 @@ template <class F> bool spin(F&& done, microseconds limit) {
 
 class Pool {
  public:
+  // Starts workers until `threads` compute, the caller among them; says how many there are then.
+  int start(int threads) {
+    std::lock_guard<std::mutex> alone(busy_);
+    add_workers(threads);
+    return workers_ + 1 < threads ? workers_ + 1 : threads;
+  }
+
   void run(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data) {
     std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
     if (!alone) {  // another Python thread has the workers
       for (int64_t c = 0; c < chunks; ++c) body(data, c);
       return;
     }
-    while (workers_ < threads - 1) {
-      int id = workers_ + 1;
-      try {
-        std::thread([this, id] { work(id); }).detach();
-      } catch (const std::system_error&) {
-        break;  // the system gives no more: those that there are do all of it
-      }
-      workers_ = id;
-    }
+    add_workers(threads);
     body_ = body, data_ = data, chunks_ = chunks;
     threads_.store(threads, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
@@ -78,6 +77,19 @@ class Pool {
   }
 
  private:
+  // Where the system gives no more, those that there are do all of it: see start_threads.
+  void add_workers(int threads) {
+    while (workers_ < threads - 1) {
+      int id = workers_ + 1;
+      try {
+        std::thread([this, id] { work(id); }).detach();
+      } catch (const std::system_error&) {
+        return;
+      }
+      workers_ = id;
+    }
+  }
+
   bool available(int id) const {
     return static_cast<uint32_t>(ticket_.load()) != 0 &&
            id < threads_.load(std::memory_order_relaxed);
@@ -133,6 +145,8 @@ Pool& own_pool() {
 }
 
 }  // namespace
+
+int start_threads(int threads) { return own_pool().start(threads); }
 
 void run_chunks(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data) {
   if (threads <= 1 || chunks <= 1) {

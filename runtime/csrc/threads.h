@@ -5,6 +5,11 @@
 
 namespace moepack {
 
+// Starts what for_chunks would start at its first call with so many threads, and says how many there
+// are: fewer where the system refuses. Every call of for_chunks would try again to start the rest, so
+// a caller that is told of fewer should ask for no more.
+int start_threads(int threads);
+
 void run_chunks(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data);
 
 // Calls body(chunk) once for each chunk, on up to `threads` threads, this one among them; all are

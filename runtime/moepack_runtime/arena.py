@@ -47,22 +47,13 @@ class Arena:
     Args:
         slot_nbytes: Size of a slot, a multiple of 4096.
         slots: How many.
-        device: Where the slots are. Only the CPU for now; a GPU arena takes pinned host slots.
-        stream: The stream that copies into the slots run on; None on the CPU.
 
     Raises:
         ResourceError: There is not enough memory.
     """
 
-    def __init__(
-        self,
-        slot_nbytes: int,
-        slots: int,
-        device: torch.device | str = "cpu",
-        stream: object | None = None,
-    ) -> None:
+    def __init__(self, slot_nbytes: int, slots: int) -> None:
         self.slot_nbytes, self.slots = slot_nbytes, slots
-        self.device, self.stream = torch.device(device), stream
         try:
             self._memory = huge_pages(slots * slot_nbytes)
         except (OSError, ValueError) as error:

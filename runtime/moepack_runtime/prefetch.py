@@ -81,6 +81,8 @@ class Speculator:
         self._guesses: dict[int, tuple[int, set[int]]] = {}
         self._read_far: dict[int, tuple[int, set[int]]] = {}  # what was begun to be read
         self._far_counts: dict[int, LayerGuesses] = {}
+        self._stopped: set[tuple[str, int]] = set()  # how far ahead, and for which layer
+        self._said: set[tuple[str, int]] = set()
         self._trial = PrefetchTrial()
         self._token_began: float | None = None
         model.register_forward_hook(lambda *_: self._end_token())
@@ -161,12 +163,25 @@ class Speculator:
             return None
         counts = self._stats.layers.get(target)
         if _tried(counts) and counts.right < MIN_RECALL * counts.needed:
+            self._stopped.add(("one layer", target))
             return None
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
             return self.routers.ask(layer, target)
 
+    def _say_stopped(self) -> None:
+        """One line for what has stopped since the token before."""
+        for ahead in ("one layer", "two layers"):
+            new = sorted(target for far, target in self._stopped - self._said if far == ahead)
+            if new:
+                layers = ", ".join(map(str, new))
+                logger.info(
+                    "prefetch %s ahead stops for layers %s: it guesses badly", ahead, layers
+                )
+        self._said |= self._stopped
+
     def _start_token(self) -> None:
+        self._say_stopped()
         before = self._trial.verdict
         guessing = self._trial.token()
         self._token_began = self._clock()
@@ -199,7 +214,10 @@ class Speculator:
     def _guess_far(self, layer: int, target: int) -> None:
         """The same for a layer whose guess can still be replaced, if it costs no asking."""
         indices, counts = self.routers.answer(layer, target), self._far_counts.get(target)
-        if indices is None or (_tried(counts) and counts.right < FAR_PRECISION * counts.guessed):
+        if indices is None:
+            return
+        if _tried(counts) and counts.right < FAR_PRECISION * counts.guessed:
+            self._stopped.add(("two layers", target))
             return
         begun = self._residency.prefetch(target, self._ranked(target, indices))
         self._read_far[target] = self._stats.tokens, set(begun)

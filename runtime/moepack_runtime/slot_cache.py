@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from moepack_formats.errors import ResourceError
@@ -52,8 +51,6 @@ class SlotCache:
         options: Policy, I/O mode and threads, and the most slots.
         stats: Where hits, misses and bytes are counted.
         limit: What slots give way to.
-        device: Where the slots are.
-        stream: The stream that fills them; None on the CPU.
     """
 
     lookahead = LOOKAHEAD
@@ -65,8 +62,6 @@ class SlotCache:
         options: RuntimeOptions,
         stats: Statistics,
         limit: MemoryLimit | None = None,
-        device: torch.device | str = "cpu",
-        stream: object | None = None,
     ) -> None:
         self._pack, self._stats, self._limit = pack, stats, limit
         self._entries: dict[Key, Entry] = {}
@@ -74,9 +69,7 @@ class SlotCache:
         self._layer = 0  # the last that experts were demanded of
         self._unguessed = 0  # tokens since the last guess
         self._classes = {
-            nbytes: SizeClass(
-                Arena(nbytes, slots, device, stream), records_of_size(pack, nbytes), options
-            )
+            nbytes: SizeClass(Arena(nbytes, slots), records_of_size(pack, nbytes), options)
             for nbytes, slots in divide_budget(budget, record_sizes(pack), options.slots).items()
         }
         policies = [size.policy for size in self._classes.values()]

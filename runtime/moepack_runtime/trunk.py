@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moepack_formats import checksum, osio
-from moepack_formats.errors import FormatError, IntegrityError, ResourceError
-from moepack_formats.manifest import PACKED_SUFFIX
+from moepack_formats.errors import FormatError, ResourceError
 from moepack_formats.pack import Pack
 from moepack_formats.paths import resolve_inside
-from moepack_formats.tensor_file import read_header
+from moepack_formats.trunk import check_complete, read_trunk_file
 
 from .arena import huge_pages
 from .options import format_size
@@ -34,35 +33,18 @@ def check_trunk(pack: Pack) -> dict[str, tuple[int, ...]]:
 
     Raises:
         FormatError: A trunk file is malformed, or its tensors are not those of the manifest.
-        IntegrityError: A tensor's bytes are damaged; names it.
+        IntegrityError: A header or a tensor's bytes are damaged; names it.
     """
     seen: dict[str, tuple[int, ...]] = {}
     for name in pack.manifest.trunk_files:
         descriptor = osio.open_regular(resolve_inside(pack.folder, name))
         with open(descriptor, "rb", buffering=0):
-            header = read_header(descriptor, name)
-            for tensor in header.tensors.values():
-                digest = pack.manifest.trunk.get(tensor.name)
-                if digest is None:
-                    raise FormatError("unknown tensor", where=f"{name}: {tensor.name}")
-                if checksum.xxh3_of_range(descriptor, tensor.start, tensor.nbytes, name) != digest:
-                    raise IntegrityError(
-                        "a trunk tensor's bytes are damaged",
-                        where=f"{name}: {tensor.name}",
-                        remedy="restore the file or convert again",
-                    )
-                is_packed = tensor.name.removesuffix(PACKED_SUFFIX) in pack.manifest.packed
-                if is_packed and tensor.dtype != "U8":
-                    raise FormatError(
-                        "packed bytes of another dtype",
-                        where=f"{name}: {tensor.name}",
-                        wanted="U8",
-                        got=tensor.dtype,
-                    )
-                seen[tensor.name] = tensor.shape
-    missing = sorted(pack.manifest.trunk.keys() - seen)
-    if missing:
-        raise FormatError("a trunk tensor is missing", where=missing[0], remedy="convert again")
+            _, tensors = read_trunk_file(pack.manifest, descriptor, name, seen)
+            for tensor in tensors:
+                at = tensor.entry
+                tensor.check(checksum.xxh3_of_range(descriptor, at.start, at.nbytes, name))
+                seen[at.name] = at.shape
+    check_complete(pack.manifest, seen)
     return seen
 
 

@@ -106,6 +106,7 @@ class Server:
     def __init__(self, handler: type[Handler]) -> None:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.ranges = True  # or whole files, whatever part is asked for
         self.lock = threading.Lock()
         kind = type("BoundHandler", (handler,), {"hub": self})
         self._server = _Quiet(("127.0.0.1", 0), kind)
@@ -257,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         start, stop, status = 0, size, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
+        if wanted and self.hub.ranges:
             start, status = int(wanted[1]), 206
             stop = min(int(wanted[2]) + 1, size) if wanted[2] else size
             if start >= size:

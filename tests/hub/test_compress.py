@@ -11,6 +11,7 @@ import zstandard
 from moepack.hub.compress import compress_layer_file
 from moepack_formats.errors import MoepackError
 from moepack_formats.pack import read_manifest
+from moepack_formats.tensor_file import MAX_HEADER_NBYTES
 from moepack_runtime.hub.expand import expand_layer_file
 from tests.hub.conftest import Client, files_of
 
@@ -152,3 +153,27 @@ def test_swapped_frames_are_caught_by_the_sha256(
     line = client.fails(4, "pull", "me/pack", tmp_path / "other")
     assert NAME in line
     assert "expert 3" in line
+
+
+def empty_blocks(declared: int, count: int) -> bytes:
+    """A frame that never comes to its content: blocks of no bytes, three bytes each."""
+    return b"\x28\xb5\x2f\xfd\xa0" + declared.to_bytes(4, "little") + bytes(3 * count)
+
+
+FIRST_FRAMES = {
+    "a large header": (frame(bytes(MAX_HEADER_NBYTES + 9)), 3, "header is over the cap"),
+    "no size": (frame(b"{}", write_content_size=False), 3, "header is over the cap"),
+    "a large frame": (empty_blocks(900, MAX_HEADER_NBYTES // 2), 3, "first frame is over the cap"),
+    "a short frame": (empty_blocks(900, 9), 4, "first frame is truncated"),
+    "not zstd": (b"hello, this is not a frame", 4, "first frame is damaged"),
+}
+
+
+def test_hostile_headers_are_not_inspected(client: Client, pack: Path) -> None:
+    """`inspect` reads no more of a file than its header can have."""
+    client.ok("push", pack, "me/pack", "--compress")
+    for data, code, words in FIRST_FRAMES.values():
+        client.hub.store.put("me/pack", {f"{NAME}.zst": data})
+        line = client.fails(code, "inspect", "me/pack")
+        assert words in line
+        assert f"me/pack, {NAME}" in line

@@ -139,8 +139,14 @@ def test_model_card(client: Client, own_pack: Path, tmp_path: Path) -> None:
     client.ok("push", own_pack, "me/pack")
     assert repo.commits[-1].files["README.md"].data == card.encode()
     client.hub.store.put("me/pack", {"README.md": b"mine"})
-    client.ok("push", own_pack, "me/pack")
+    pushed = client.run("push", own_pack, "me/pack")
+    assert (pushed.code, "README.md" in pushed.err) == (0, False)
     assert repo.commits[-1].files["README.md"].data == b"mine"
+    # Where this push had something to say there, the user is told.
+    for more in (("--quality", quality), ()):
+        assert "it was edited on the Hub" in client.run("push", own_pack, "me/pack", *more).err
+        assert repo.commits[-1].files["README.md"].data == b"mine"
+        (own_pack / "README.md").write_text("# of my own")
 
 
 def test_a_branch(shared: Client, own_pack: Path, pack: Path, tmp_path: Path) -> None:
@@ -168,5 +174,19 @@ def test_a_readme_that_is_too_large_is_not_read(
 ) -> None:
     client.ok("push", own_pack, "me/pack")
     client.hub.store.put("me/pack", {"README.md": b"x" * (MAX_CARD_NBYTES + 1)})
-    client.ok("pull", "me/pack", tmp_path / "out")
+    pulled = client.run("pull", "me/pack", tmp_path / "out")
+    assert (pulled.code, "README.md has 4.0 MiB and is left out" in pulled.err) == (0, True)
     assert not (tmp_path / "out" / "README.md").exists()
+    commits = client.hub.store.repos["me/pack"].commits
+    before = len(commits)
+    pushed = client.run("push", own_pack, "me/pack")
+    assert (pushed.code, len(commits)) == (0, before)
+    assert "README.md of me/pack stays as it is: it has 4.0 MiB" in pushed.err
+
+
+def test_a_card_of_the_users_own_replaces_ours(client: Client, own_pack: Path) -> None:
+    client.ok("push", own_pack, "me/pack")
+    (own_pack / "README.md").write_text("# of my own")
+    client.ok("push", own_pack, "me/pack")
+    card = client.hub.store.repos["me/pack"].commits[-1].files["README.md"].data
+    assert card == b"# of my own"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moepack_runtime.hub.remote import WHOLE_NBYTES
 from tests.hub.conftest import Client, files_of
 from tests.hub.loopback import Fault
 from tests.hub.small_pack import TINY_MOE
@@ -19,6 +20,7 @@ from tests.packs import make_pack
 TEXT = Path(__file__).parents[1] / "assets" / "text" / "alice29.txt"
 SLACK = 64 << 10
 """Blocks that are not full."""
+CALIBRATE = ("--calibrate", TEXT, "--calibrate-tokens", "2048")
 OPTIONS = ("--quantizer", "rtn", "--expert-bits", "2")
 
 
@@ -73,6 +75,22 @@ def test_dry_run_reads_headers_only(client: Client, source: Path, tmp_path: Path
     assert not out.exists()
 
 
+def test_a_server_without_ranges(client: Client, pack: Path, source: Path, tmp_path: Path) -> None:
+    """Small files may come whole; a large one is not read for the sake of its header."""
+    client.ok("push", pack, "me/pack")
+    inspected = client.ok("inspect", "me/pack")
+    client.hub.ranges = False
+    assert client.ok("inspect", "me/pack") == inspected
+    client.hub.store.put("org/model", {"model.safetensors": bytes(WHOLE_NBYTES + (64 << 20))})
+    client.hub.forget()
+    line = client.fails(6, "convert", "org/model", tmp_path / "out", *OPTIONS)
+    assert "org/model, model.safetensors: the server sends the whole file" in line
+    client.hub.drain()
+    asked = [r for r in client.hub.downloads() if r.path.endswith("/model.safetensors")]
+    assert len(asked) == 1
+    assert asked[0].nbytes_out < WHOLE_NBYTES + (32 << 20)  # some was on its way
+
+
 def test_convert_without_storing_the_source(client: Client, source: Path, tmp_path: Path) -> None:
     done = client.run("convert", "org/model", tmp_path / "streamed", *OPTIONS)
     assert done.code == 0, done.err
@@ -101,7 +119,7 @@ def test_convert_without_storing_the_source(client: Client, source: Path, tmp_pa
         # The losses of every expert are measured before, and calibration comes before that.
         (("--expert-bits", "2.7"), 10),
         (
-            ("--expert-bits", "2.7", "--quantizer", "gptq", "--calibrate", TEXT),
+            ("--expert-bits", "2.7", "--quantizer", "gptq", *CALIBRATE),
             16,  # and the last shard for norm and head, with which calibration begins
         ),
     ],
@@ -110,7 +128,7 @@ def test_convert_without_storing_the_source(client: Client, source: Path, tmp_pa
 def test_one_layers_shards_at_a_time(
     client: Client, source: Path, tmp_path: Path, more: tuple[object, ...], fetches: int
 ) -> None:
-    out, options = tmp_path / "out", (*OPTIONS, *more, "--calibrate-tokens", "2048")
+    out, options = tmp_path / "out", (*OPTIONS, *more)
     plan = json.loads(client.ok("convert", "org/model", out, *options, "--dry-run", "--json"))
     sizes = {path.name: path.stat().st_size for path in source.glob("*.safetensors")}
     staged = []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moepack.commands import trace_command
+from moepack_formats import osio
 from moepack_formats.errors import UsageError
 from moepack_runtime.gpu.simulated_link import LinkSpec
 from moepack_runtime.loading import load_pack
@@ -219,3 +220,14 @@ def test_the_disk_is_measured_on_the_pack_and_nothing_is_written(
     out = tmp_path / "a.parquet"
     assert command("trace", pack, out, "--text", TEXT, "--max-tokens", 3).code == 0
     assert read_trace(out).info.disk_mbps
+
+
+def test_the_page_cache_is_not_recorded_as_the_disk(
+    command: Command, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(osio, "set_direct", lambda *_: False)
+    out = tmp_path / "a.parquet"
+    result = command("trace", pack, out, "--text", TEXT, "--max-tokens", 3)
+    assert "the speed of the disk is not known" in result.err
+    assert "refuses direct reads" in result.err
+    assert (result.code, read_trace(out).info.disk_mbps) == (0, None)

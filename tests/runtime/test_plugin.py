@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import moepack
-from moepack_formats.errors import FormatError, MoepackError, UsageError
+from moepack_formats.errors import FormatError, IntegrityError, MoepackError, UsageError
 from moepack_formats.pack import Pack
 from moepack_runtime.calibrate import DEFAULT_THREADS
 from moepack_runtime.loading import load_pack, load_tokenizer
@@ -29,7 +29,7 @@ from moepack_runtime.slot_cache import SlotCache
 from moepack_runtime.trunk import check_trunk
 from tests import families
 from tests.commands import edit_json
-from tests.moepack.pack_edits import edit_header
+from tests.moepack.pack_edits import edit_header, reseal
 
 PROMPT = "Alice was beginning to get very tired"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -365,5 +365,8 @@ def test_packed_bytes_are_bytes(damaged: Path) -> None:
         header[name]["dtype"] = "I8"
 
     edit_header(damaged / "model.safetensors", change)
-    with Pack(damaged) as opened, pytest.raises(FormatError, match="packed bytes of another dtype"):
+    with Pack(damaged) as opened, pytest.raises(IntegrityError, match="the header is not the one"):
+        check_trunk(opened)
+    reseal(damaged, "model.safetensors")
+    with Pack(damaged) as opened, pytest.raises(FormatError, match="wrong type or size"):
         check_trunk(opened)

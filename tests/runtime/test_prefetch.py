@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,16 @@ def test_played_tokens_are_guessed_two_layers_ahead(played: Any) -> None:
 
 
 def test_guesses_two_layers_ahead_that_are_wrong_stop(
-    played: Any, monkeypatch: pytest.MonkeyPatch
+    played: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(prefetch, "TRIAL_ROUNDS", 4)
     monkeypatch.setattr(prefetch, "FAR_PRECISION", 1.1)
     ids = families.tokens(batch=1, length=5)
-    played.generate(ids, max_new_tokens=16, do_sample=False)
+    with caplog.at_level(logging.INFO, prefetch.__name__):
+        played.generate(ids, max_new_tokens=16, do_sample=False)
     notes = [note[:2] for note in played.moepack.residency.notes]
     assert notes[-len(ONE_AHEAD) :] == ONE_AHEAD
+    assert caplog.messages == ["prefetch two layers ahead stops for layers 2: it guesses badly"]
 
 
 def test_guesses_are_counted(watched: Any) -> None:
@@ -152,13 +155,17 @@ def test_long_passes_are_not_guessed(watched: Any) -> None:
     assert {kind for kind, *_ in watched.moepack.residency.notes} == {"demand", "fetch", "prefetch"}
 
 
-def test_guesses_that_do_not_pay_stop(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guesses_that_are_wrong_stop(
+    watched: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(prefetch, "TRIAL_ROUNDS", 4)
     monkeypatch.setattr(prefetch, "MIN_RECALL", 1.1)
     ids = families.tokens(batch=1, length=5)
-    watched.generate(ids, max_new_tokens=12, do_sample=False)
+    with caplog.at_level(logging.INFO, prefetch.__name__):
+        watched.generate(ids, max_new_tokens=12, do_sample=False)
     stats = watched.moepack.stats
     assert {layer: guesses.rounds for layer, guesses in stats.layers.items()} == {1: 4, 2: 4}
+    assert caplog.messages == ["prefetch one layer ahead stops for layers 1, 2: it guesses badly"]
 
 
 def test_router_weights_decide_the_guess(watched: Any) -> None:

@@ -15,22 +15,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
 
 from ..options import format_size
-from ..policies import Key, get_policy
+from ..policies import Key
 from ..slot_cache import record_sizes
 from ..statistics import Statistics
 from .device_residency import DeviceResidency
+from .device_slots import DeviceEntry, DeviceSlots, share_out
 from .host_source import HostSource
 from .link import Event, Link
-
-STAGING = 4
-"""Slots for guesses, of each record size; at most a quarter of the slots."""
 
 MAX_MEASURED = 256
 """Copies whose times are kept until they are asked for."""
@@ -50,45 +47,12 @@ class CacheOptions:
     keep: bool = True
 
 
-@dataclass
-class _Entry:
-    """A record that is in a slot, or will be once what is queued has run."""
+@dataclass(frozen=True)
+class _Copied:
+    """A slot and the copy into it."""
 
-    key: Key
-    slot: int
+    number: int
     copied: Event
-    guessed: bool
-    pins: int = 0
-
-
-class _SizeClass:
-    """Slots for the records of one size."""
-
-    def __init__(self, nbytes: int, slots: int, records: int, policy: str, link: Link) -> None:
-        self.nbytes, self.slots = nbytes, slots
-        try:
-            self.memory = torch.empty(slots * nbytes, dtype=torch.uint8, device=link.device)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"cannot take {format_size(slots * nbytes)} of GPU memory for expert slots",
-                remedy="lower --vram",
-            ) from error
-        self.free = list(range(slots))
-        # Until when kernels read what is, or was, in a slot.
-        self.used: list[Event | None] = [None] * slots
-        self.policy = get_policy(policy)()
-        self.staged: deque[Key] = deque()
-        self.reserved = 0 if slots >= records else min(STAGING, slots // 4)
-        self.demanded = 0
-
-    @property
-    def demanded_limit(self) -> int:
-        """Slots that demanded experts may fill."""
-        return self.slots - self.reserved
-
-    def tensor(self, slot: int) -> Tensor:
-        """``[nbytes]`` uint8 over a slot."""
-        return self.memory[slot * self.nbytes : (slot + 1) * self.nbytes]
 
 
 class DeviceCache(DeviceResidency):
@@ -116,12 +80,12 @@ class DeviceCache(DeviceResidency):
     ) -> None:
         self._pack, self._stats, self._link = pack, stats, link
         self._source, self._keep = source, options.keep
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[Key, DeviceEntry] = {}
         self._guesses: deque[Key] = deque()
         self._copies: deque[tuple[int, Event]] = deque()
         sizes = record_sizes(pack)
         self._classes = {
-            nbytes: _SizeClass(nbytes, slots, sizes[nbytes], options.policy, link)
+            nbytes: DeviceSlots(nbytes, slots, sizes[nbytes], options.policy, link)
             for nbytes, slots in share_out(budget, sizes).items()
         }
         # What used the memory before may still be queued.
@@ -187,7 +151,7 @@ class DeviceCache(DeviceResidency):
         self._stats.misses += len(missing)
         pinned = list(hits)
         try:
-            waiting: deque[_Entry] = deque()
+            waiting: deque[DeviceEntry] = deque()
             self._queue_demands(missing, waiting, pinned)
             self._queue_guesses()
             # Guesses that came true may still be on their way; the others are not held up by them.
@@ -208,9 +172,8 @@ class DeviceCache(DeviceResidency):
                 yield self._turn([entry])
                 self._leave([entry], pinned)
         finally:
-            if (
-                self._classes
-            ):  # a pass may be given up in the middle of a turn, or outlive the cache
+            # A pass may be given up in the middle of a turn, or outlive the cache.
+            if self._classes:
                 self._leave(list(pinned), pinned)
             if not self._keep:
                 self._drop_unpinned()
@@ -232,12 +195,12 @@ class DeviceCache(DeviceResidency):
         self._source.prefetch(layer, absent)
         return absent
 
-    def _turn(self, entries: list[_Entry]) -> dict[int, Tensor]:
+    def _turn(self, entries: list[DeviceEntry]) -> dict[int, Tensor]:
         records = {entry.key[1]: self._record(entry) for entry in entries}
         self._link.reads(list(records.values()))
         return records
 
-    def _leave(self, entries: list[_Entry], pinned: list[_Entry]) -> None:
+    def _leave(self, entries: list[DeviceEntry], pinned: list[DeviceEntry]) -> None:
         """The kernels of a turn are queued: after them its slots may be overwritten."""
         event = self._link.computed()
         for entry in entries:
@@ -245,16 +208,16 @@ class DeviceCache(DeviceResidency):
             entry.pins -= 1
             pinned.remove(entry)
 
-    def _record(self, entry: _Entry) -> Tensor:
+    def _record(self, entry: DeviceEntry) -> Tensor:
         return self._class_of(entry.key).tensor(entry.slot)
 
     def _nbytes(self, key: Key) -> int:
         return self._pack.layers[key[0]][key[1]].spec.nbytes
 
-    def _class_of(self, key: Key) -> _SizeClass:
+    def _class_of(self, key: Key) -> DeviceSlots:
         return self._classes[self._nbytes(key)]
 
-    def _demand_resident(self, key: Key) -> _Entry:
+    def _demand_resident(self, key: Key) -> DeviceEntry:
         """Pin a record; a guess that came true becomes an ordinary one."""
         entry, size = self._entries[key], self._class_of(key)
         entry.pins += 1
@@ -271,7 +234,7 @@ class DeviceCache(DeviceResidency):
         return entry
 
     def _queue_demands(
-        self, missing: deque[Key], waiting: deque[_Entry], pinned: list[_Entry]
+        self, missing: deque[Key], waiting: deque[DeviceEntry], pinned: list[DeviceEntry]
     ) -> None:
         """Queue copies of missing records while slots can be had."""
         granted: list[tuple[Key, int]] = []
@@ -280,7 +243,7 @@ class DeviceCache(DeviceResidency):
             self._class_of(granted[-1][0]).demanded += 1
         try:
             for key, place in self._copy(granted):
-                entry = _Entry(key, place.number, place.copied, guessed=False)
+                entry = DeviceEntry(key, place.number, place.copied, guessed=False)
                 self._entries[key] = entry
                 entry.pins += 1
                 self._class_of(key).policy.insert(key)
@@ -317,7 +280,7 @@ class DeviceCache(DeviceResidency):
             granted.append((key, size.free.pop()))
             self._guesses.remove(key)
         for key, place in self._copy(granted):
-            self._entries[key] = _Entry(key, place.number, place.copied, guessed=True)
+            self._entries[key] = DeviceEntry(key, place.number, place.copied, guessed=True)
             self._class_of(key).staged.append(key)
             self._stats.speculative_reads += 1
 
@@ -341,7 +304,7 @@ class DeviceCache(DeviceResidency):
             for key, slot in slots.items():
                 self._class_of(key).free.append(slot)
 
-    def _drop_guess(self, size: _SizeClass, keep_layer: int | None) -> bool:
+    def _drop_guess(self, size: DeviceSlots, keep_layer: int | None) -> bool:
         """Give up the oldest guess that is not for a layer that is still to come."""
         for key in size.staged:
             if key[0] != keep_layer:
@@ -354,7 +317,7 @@ class DeviceCache(DeviceResidency):
             if entry.pins == 0 and not entry.guessed:
                 self._release(entry)
 
-    def _evict(self, size: _SizeClass, incoming: Key) -> bool:
+    def _evict(self, size: DeviceSlots, incoming: Key) -> bool:
         """Give up the demanded record that the policy names."""
         victim = size.policy.victim(lambda key: self._entries[key].pins == 0, incoming)
         if victim is None:
@@ -362,7 +325,7 @@ class DeviceCache(DeviceResidency):
         self._release(self._entries[victim])
         return True
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: DeviceEntry) -> None:
         """Free a slot; the next copy into it runs after this one's, and after its readers."""
         size = self._class_of(entry.key)
         del self._entries[entry.key]
@@ -372,32 +335,3 @@ class DeviceCache(DeviceResidency):
             size.policy.remove(entry.key)
             size.demanded -= 1
         size.free.append(entry.slot)
-
-
-@dataclass(frozen=True)
-class _Copied:
-    """A slot and the copy into it."""
-
-    number: int
-    copied: Event
-
-
-def share_out(budget: int, sizes: dict[int, int]) -> dict[int, int]:
-    """Slots of each record size: all that there are records for, or the same share of each.
-
-    Args:
-        budget: Bytes; enough for one slot of each size.
-        sizes: Number of records by size.
-    """
-    slots = {
-        nbytes: min(count, max(1, budget * count // sum(n * c for n, c in sizes.items())))
-        for nbytes, count in sizes.items()
-    }
-    # Rounding up to one slot may have taken more than there is; rounding down left some over.
-    for nbytes in sorted(slots, reverse=True):
-        over = sum(n * s for n, s in slots.items()) - budget
-        if over > 0:
-            slots[nbytes] = max(1, slots[nbytes] - -(-over // nbytes))
-        else:
-            slots[nbytes] = min(sizes[nbytes], slots[nbytes] + -over // nbytes)
-    return slots

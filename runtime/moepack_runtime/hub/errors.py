@@ -57,9 +57,21 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
         revision: The revision it was about.
     """
     cause = root_cause(error)
-    status = status_of(cause)
     if isinstance(cause, HFValidationError):
         return UsageError("not a Hub id", where=repo_id, wanted="an existing folder, or org/name")
+    status = status_of(cause)
+    return (
+        _no_access(cause, status, repo_id, revision)
+        or (None if status is None else _refused(cause, status, repo_id))
+        or _not_reached(cause, repo_id)
+        or _failed_here(cause, repo_id)
+    )
+
+
+def _no_access(
+    cause: BaseException, status: int | None, repo_id: str, revision: str | None
+) -> NetworkError | None:
+    """The repository or revision is not there, or not for this user."""
     if isinstance(cause, GatedRepoError):
         return NetworkError(
             "the repository is gated",
@@ -81,7 +93,12 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
             where=repo_id,
             remedy="log in with `hf auth login`",
         )
-    if isinstance(cause, EntryNotFoundError) and status is not None:
+    return None
+
+
+def _refused(cause: BaseException, status: int, repo_id: str) -> NetworkError:
+    """The Hub has answered with an error."""
+    if isinstance(cause, EntryNotFoundError):
         return NetworkError("the repository lacks a file", where=repo_id, got=f"HTTP {status}")
     if status in (_BUSY_STATUS, _CONFLICT_STATUS):
         return NetworkError(
@@ -89,13 +106,16 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
             where=repo_id,
             remedy="run it again: what has arrived is kept",
         )
-    if status is not None:
-        busy = status in RETRY_STATUSES
-        return NetworkError(
-            f"the Hub answered HTTP {status}",
-            where=repo_id,
-            remedy="try again later: what has arrived is kept" if busy else None,
-        )
+    busy = status in RETRY_STATUSES
+    return NetworkError(
+        f"the Hub answered HTTP {status}",
+        where=repo_id,
+        remedy="try again later: what has arrived is kept" if busy else None,
+    )
+
+
+def _not_reached(cause: BaseException, repo_id: str) -> UnreachableError | None:
+    """The Hub was not asked, or has not answered."""
     if isinstance(cause, OfflineModeIsEnabled):
         return UnreachableError(
             "offline, as HF_HUB_OFFLINE says, and the Hub cache is not enough",
@@ -114,6 +134,11 @@ def explain(error: Exception, repo_id: str, revision: str | None = None) -> Moep
             where=repo_id,
             remedy="check the network and run it again: what has arrived is kept",
         )
+    return None
+
+
+def _failed_here(cause: BaseException, repo_id: str) -> MoepackError:
+    """This machine's disk, or the client itself."""
     if isinstance(cause, OSError):
         return resource_error(cause, repo_id)
     if _is_full_disk(cause):

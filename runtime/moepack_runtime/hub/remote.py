@@ -6,22 +6,28 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     hf_raise_for_status,
-    http_backoff,
+    http_stream_backoff,
 )
 
-from moepack_formats.errors import IntegrityError
+from moepack_formats.errors import IntegrityError, NetworkError
 
+from .errors import HTTPError
 from .progress import Quiet, TransferProgress, client_bar
 from .retry import retrying
 from .xet_limits import limit_xet_memory
 
 LIBRARY = "moepack"
+
+WHOLE_NBYTES = 4 << 20
+"""A server that does not know ranges may send a file up to this size whole. Reading larger ones for
+a part of each would take the memory and the time that ranges are there to save."""
 
 limit_xet_memory()
 
@@ -91,10 +97,11 @@ class RemoteRepo:
         """Bytes ``start`` to ``stop`` of a file, fewer where it ends early.
 
         Raises:
-            NetworkError: The Hub cannot be reached or refuses.
+            NetworkError: The Hub cannot be reached, refuses, or sends large files whole.
             IntegrityError: The Hub sent other bytes than were asked for.
         """
         url = hf_hub_url(self.repo_id, name, revision=self.commit)
+        where = f"{self.repo_id}, {name}"
 
         def get() -> bytes:
             headers = build_hf_headers(library_name=LIBRARY)
@@ -102,11 +109,14 @@ class RemoteRepo:
             # Compressed on the way, a range would be one of other bytes.
             headers["Accept-Encoding"] = "identity"
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            response = http_backoff("GET", url, headers=headers, timeout=timeout)
-            hf_raise_for_status(response)
-            content: bytes = response.content
-            # 200: the server does not know ranges and sent the whole file.
-            return content[start:stop] if response.status_code == 200 else content
+            broken: Exception
+            with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+                hf_raise_for_status(response)
+                try:
+                    return _body(response, start, stop, where)
+                except HTTPError as error:  # the client's generator would answer a second time
+                    broken = error
+            raise broken
 
         data = retrying(get, self.repo_id, self.commit)
         size = self.files[name].size if name in self.files else stop
@@ -114,7 +124,7 @@ class RemoteRepo:
         if len(data) != wanted:
             raise IntegrityError(
                 "the Hub sent another number of bytes than was asked for",
-                where=f"{self.repo_id}, {name}",
+                where=where,
                 wanted=wanted,
                 got=len(data),
                 remedy="run it again",
@@ -160,3 +170,25 @@ class RemoteRepo:
             self.repo_id,
             self.commit,
         )
+
+
+def _body(response: Any, start: int, stop: int, where: str) -> bytes:
+    """What the answer to a request for bytes ``start`` to ``stop`` holds of them.
+
+    Raises:
+        NetworkError: It is a whole file, and a large one.
+    """
+    is_whole = response.status_code == 200  # the server does not know ranges
+    most = max(stop - start, WHOLE_NBYTES if is_whole else 0)
+    data = bytearray()
+    for piece in response.iter_bytes():
+        data += piece
+        if len(data) > most:
+            break
+    if is_whole and len(data) > most:
+        raise NetworkError(
+            "the server sends the whole file where a part was asked for",
+            where=where,
+            remedy="check HF_ENDPOINT and the proxy, or download the repository first",
+        )
+    return bytes(data[start:stop] if is_whole else data)

@@ -134,19 +134,30 @@ def select(
     elif engine == "reference" or (engine == "auto" and native.available() is None):
         chosen = ReferenceEngine()
         if engine == "auto":
-            _warn_once(native.why_not())
+            _warn_once(
+                f"{native.why_not()}; packed weights are computed with by torch, many times slower "
+                "(--engine reference if that is meant)"
+            )
     elif native.available() is None:
         raise UsageError(native.why_not(), remedy="install again with a C++17 compiler")
     else:
-        chosen = NativeEngine(int8=activations == "int8", threads=threads)
+        chosen = NativeEngine(int8=activations == "int8", threads=_started(threads))
     _log.info("packed weights are computed with by: %s", chosen.name)
     return chosen
 
 
+def _started(threads: int | None) -> int | None:
+    """``threads``, or as many as the system gives; None still follows torch."""
+    from . import native
+
+    wanted = threads or torch.get_num_threads()
+    got = native.start_threads(wanted)
+    if got == wanted:
+        return threads
+    _warn_once(f"the system gives {got} of {wanted} threads; computing is slower for it")
+    return got
+
+
 @functools.cache
-def _warn_once(reason: str) -> None:
-    _log.warning(
-        "%s; packed weights are computed with by torch, many times slower "
-        "(--engine reference if that is meant)",
-        reason,
-    )
+def _warn_once(line: str) -> None:
+    _log.warning("%s", line)

@@ -34,9 +34,19 @@ __all__ = [
     "play",
     "read_memory",
     "set_isa",
+    "start_threads",
     "sum_rows",
     "why_not",
 ]
+
+
+def start_threads(threads: int) -> int:
+    """Start the threads that compute.
+
+    Returns:
+        How many there are, this one among them: fewer where the system refuses.
+    """
+    return int(loaded().moepack_start_threads(threads))
 
 
 def read_memory(data: Tensor, threads: int) -> None:

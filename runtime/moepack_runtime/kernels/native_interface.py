@@ -6,7 +6,7 @@ import ctypes
 
 from moepack_formats.schemes import SCHEMES
 
-ABI = 5
+ABI = 6
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
 REFUSALS = {1: "a bad argument", 2: "a short buffer", 3: "not supported on this machine"}
@@ -85,6 +85,7 @@ SIGNATURES = {
     ),
     "moepack_sum_rows": (INT, [POINTER, LONG, LONG, LONG, POINTER, INT]),
     "moepack_tape_run": (LONG, [POINTER, LONG, LONG, INT, INT, POINTER]),
+    "moepack_start_threads": (INT, [INT]),
     "moepack_read": (ctypes.c_uint64, [POINTER, LONG, INT]),
 }
 """Result and arguments of every function but ``moepack_abi``, which is asked first."""

@@ -26,13 +26,13 @@ def _load() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(path))
         abi = library.moepack_abi()
+        if abi != ABI:
+            return f"the native library is of another version (wanted ABI {ABI}, got {abi})"
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"the native library cannot be loaded: {error}"
-    if abi != ABI:
-        return f"the native library is of another version (wanted ABI {ABI}, got {abi})"
     isa = os.environ.get("MOEPACK_ISA")
     if isa:
         _set_isa(library, isa)

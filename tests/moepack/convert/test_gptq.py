@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.gptq import GPTQSettings, decode_zeros, unpack_bits
+from moepack.convert.gptq_codes import decode_zeros, unpack_bits
+from moepack.convert.gptq_settings import GPTQSettings
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gptq"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from moepack_formats.errors import ResourceError
-from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache, share_out
+from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache
+from moepack_runtime.gpu.device_slots import share_out
 from moepack_runtime.gpu.host_source import HostSource
 from moepack_runtime.gpu.simulated_link import LinkSpec, RaceError, SimulatedLink
 from moepack_runtime.statistics import Statistics

@@ -152,3 +152,50 @@ def test_the_environment_chooses_the_instruction_set() -> None:
     done = run(code, MOEPACK_ISA="portable", MOEPACK_ENGINE="native")
     assert done.stdout.strip() == "native (portable, int8 activations)"
     assert "no instruction set" in run(code, MOEPACK_ISA="mmx").stderr
+
+
+@needs_native
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer needs the address space")
+def test_threads_that_the_system_refuses() -> None:
+    """Said once; those that there are compute all of it."""
+    code = """
+import resource, torch
+from moepack_formats.schemes import SCHEMES
+from moepack_runtime.kernels import native, select
+from tests.runtime.kernels.matrices import packed
+
+shape, scheme = (512, 128), SCHEMES["q4g64"]
+x, matrix = torch.randn(1, 128), packed(scheme, *shape)
+wanted = native.linear(x, matrix, scheme, shape, None, int8=True, threads=1)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+most = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), most))
+engines = [select("native", threads=200) for _ in range(2)]
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+print(engines[0].threads, engines[1].threads)
+print(all(torch.equal(e.linear(x, matrix, scheme, shape, None), wanted) for e in engines))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    threads, same = done.stdout.splitlines()
+    first, second = map(int, threads.split())
+    assert 1 <= first < 200
+    assert same == "True"
+    assert done.stderr.splitlines() == [
+        f"the system gives {first} of 200 threads; computing is slower for it"
+    ]
+    assert second == first
+
+
+def test_a_library_with_another_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moepack_runtime.kernels import native_library
+
+    if native.available() is None:
+        pytest.skip(native.why_not())
+    monkeypatch.setattr(native_library, "ABI", 10_000)
+    native_library._load.cache_clear()
+    try:
+        assert "another version (wanted ABI 10000" in native.why_not()
+    finally:
+        monkeypatch.undo()
+        native_library._load.cache_clear()

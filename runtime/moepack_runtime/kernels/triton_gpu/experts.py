@@ -116,15 +116,8 @@ class GpuExperts:
             matvec.experts_up[(-(-at.intermediate // up_tiles), len(index))](
                 x,
                 index,
-                table.addresses,
-                table.layout_of,
-                number,
-                table.num_experts,
-                at.hidden,
-                at.intermediate,
-                up.offset,
-                up_bias.offset if up_bias else 0,
-                sizes.tile_nbytes(up.scheme, at.hidden),
+                *self._records(table, number),
+                *_matrix(up, up_bias, at.hidden),
                 alpha,
                 limit,
                 offset,
@@ -146,15 +139,8 @@ class GpuExperts:
             ](
                 h,
                 index,
-                table.addresses,
-                table.layout_of,
-                number,
-                table.num_experts,
-                at.hidden,
-                at.intermediate,
-                down.offset,
-                down_bias.offset if down_bias else 0,
-                sizes.tile_nbytes(down.scheme, at.intermediate),
+                *self._records(table, number),
+                *_matrix(down, down_bias, at.intermediate),
                 self._split.blocks,
                 partial,
                 SCHEME=down.scheme,
@@ -204,15 +190,8 @@ class GpuExperts:
                 tiles.expert,
                 tiles.first,
                 tiles.last,
-                table.addresses,
-                table.layout_of,
-                number,
-                table.num_experts,
-                at.hidden,
-                at.intermediate,
-                up.offset,
-                up_bias.offset if up_bias else 0,
-                sizes.tile_nbytes(up.scheme, at.hidden),
+                *self._records(table, number),
+                *_matrix(up, up_bias, at.hidden),
                 alpha,
                 limit,
                 offset,
@@ -236,15 +215,8 @@ class GpuExperts:
                 tiles.expert,
                 tiles.first,
                 tiles.last,
-                table.addresses,
-                table.layout_of,
-                number,
-                table.num_experts,
-                at.hidden,
-                at.intermediate,
-                down.offset,
-                down_bias.offset if down_bias else 0,
-                sizes.tile_nbytes(down.scheme, at.intermediate),
+                *self._records(table, number),
+                *_matrix(down, down_bias, at.intermediate),
                 order,
                 weights,
                 out,
@@ -257,6 +229,11 @@ class GpuExperts:
                 num_warps=sizes.VECTOR_WARPS,
             )
 
+    def _records(self, table: RecordTable, layout: int) -> tuple[Tensor | int, ...]:
+        """What every kernel is told of the records: where they are, and the layer's sizes."""
+        sizes_of = self.shape.hidden, self.shape.intermediate
+        return table.addresses, table.layout_of, layout, table.num_experts, *sizes_of
+
     def _parts(
         self, spec: RecordSpec
     ) -> tuple[SubTensor, SubTensor | None, SubTensor, SubTensor | None]:
@@ -265,6 +242,11 @@ class GpuExperts:
         assert up is not None  # check_spec has seen both
         assert down is not None
         return up, spec.tensor(f"{first}_bias"), down, spec.tensor("down_bias")
+
+
+def _matrix(part: SubTensor, bias: SubTensor | None, cols: int) -> tuple[int, int, int]:
+    """What a kernel is told of a matrix in a record: its offset, its bias's, a tile's bytes."""
+    return part.offset, bias.offset if bias else 0, sizes.tile_nbytes(part.scheme, cols)
 
 
 @dataclass(frozen=True)

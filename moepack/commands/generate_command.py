@@ -273,6 +273,8 @@ class Writer:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:  # closed before Python began
+        raise UsageError("standard input is closed")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:

@@ -30,6 +30,12 @@ def test_numbers_that_are_none(command: Command, option: str, value: object, wor
     assert words in result.err.splitlines()[-1]
 
 
+def test_no_standard_input(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    line = command("generate", "nothere", "--prompt", "-").error(2)
+    assert "standard input is closed" in line
+
+
 @pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
 def test_the_widest_seeds(command: Command, pack: Path, seed: int) -> None:
     few = ["--prompt", "x", "--max-new-tokens", 2, "--threads", 1, "--json"]

@@ -99,6 +99,10 @@ def command(
 
     if scheme is not None:
         refuse_with("--scheme", "mix", "expert_bits")
+    elif budget is not None:
+        refuse_with("--budget", "expert_bits")
+    elif expert_bits.is_integer():
+        refuse_with("one scheme for all experts: no --budget, no decimal --expert-bits", "mix")
     if calibrate is None:
         refuse_with("a conversion without --calibrate", "calibrate_tokens")
     quantizer = quantizer or ("hqq" if calibrate is None else "gptq")

@@ -23,6 +23,7 @@ from .common import (
     statistics_json,
     statistics_line,
 )
+from .types import FiniteRange, Seed
 
 
 @click.command("generate")
@@ -35,28 +36,28 @@ from .common import (
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Below 1 likely tokens become likelier, above 1 less so; as --top-p, --top-k and --min-p, "
     "this turns sampling on [default: the model's own].",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     help="Sample from the likeliest tokens that have this probability together.",
 )
 @click.option("--top-k", type=click.IntRange(1), help="Sample from the K likeliest tokens.")
 @click.option(
     "--min-p",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     help="Sample from tokens at least this share as likely as the likeliest.",
 )
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Above 1 tokens that the text holds become less likely, also with --greedy.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End after this text; may be repeated.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--seed", type=Seed(), help="Makes sampling repeatable.")
 @runtime_options
 @common_options
 def command(
@@ -272,6 +273,8 @@ class Writer:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:  # closed before Python began
+        raise UsageError("standard input is closed")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:

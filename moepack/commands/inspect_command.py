@@ -13,7 +13,7 @@ from moepack_formats.pack import Pack
 from moepack_runtime.hub.repo_id import looks_like_repo_id
 from moepack_runtime.options import format_size
 
-from .common import common_options, print_json, set_up
+from .common import common_options, print_json, refuse_with, set_up
 
 
 @click.command("inspect")
@@ -37,6 +37,7 @@ def command(
     """
     set_up(verbose)
     if engine:
+        refuse_with("--engine, which asks about this machine", "pack", "revision", "layer")
         from moepack_runtime.kernels import select  # brings torch, which nothing else here needs
 
         name = select().name

@@ -13,6 +13,7 @@ from moepack_runtime.options import SCOPES, format_size, parse_size
 from moepack_runtime.policies import policy_names
 
 from .common import common_options, print_json, set_up
+from .types import FiniteRange
 
 if TYPE_CHECKING:
     from moepack_runtime.simulate import Outcome, Simulator
@@ -49,8 +50,8 @@ def _words(_: click.Context, __: click.Parameter, value: str | None) -> list[str
     metavar="TRACE",
     help="Keep the most used experts of that trace in half of the slots.",
 )
-@click.option("--disk-mbps", type=click.FloatRange(0, min_open=True), help="Disk, in MB/s.")
-@click.option("--compute-ms", type=click.FloatRange(0, min_open=True), help="Decoding, a token.")
+@click.option("--disk-mbps", type=FiniteRange(0, min_open=True), help="Disk, in MB/s.")
+@click.option("--compute-ms", type=FiniteRange(0, min_open=True), help="Decoding, a token.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, file_okay=False),

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from moepack_formats.pack import Pack
     from moepack_runtime.trace import TraceInfo, TraceWriter
 
+MAX_AHEAD = 64
+"""Each is a column of the file, and of the last there are no guesses in most models."""
+
 _TIMED = 48
 _FEWEST_TIMED = 8
 _DISK_SECONDS = 0.5
@@ -34,7 +37,7 @@ _DISK_SECONDS = 0.5
 @click.option("--max-tokens", type=click.IntRange(2), help="Use only this many tokens.")
 @click.option(
     "--ahead",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_AHEAD),
     default=3,
     show_default=True,
     help="Also record what routers say when asked 1 to N layers early.",
@@ -64,6 +67,8 @@ def command(
         raise UsageError("routing is recorded on the CPU", remedy="leave out --device cuda")
     runtime["device"] = "cpu"  # which is what auto means here
     content = read_text(text)
+    if out.exists() and out.samefile(text):
+        raise UsageError("the trace would take the place of the text", where=out)
     from moepack_runtime.trace import TraceWriter
 
     writer = TraceWriter(out, ahead)

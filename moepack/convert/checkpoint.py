@@ -163,6 +163,8 @@ def source_config(
         if not looks_like_repo_id(src):
             raise UsageError("no such folder, and not a Hub id either", where=src)
         folder = download_small_files(src, revision=revision, offline=offline)
+    elif revision is not None:
+        raise UsageError("a revision belongs to a Hub id, not to a folder", where=src)
     return read_config(folder)
 
 

@@ -100,11 +100,16 @@ class TraceWriter:
         ahead: A.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        UsageError: pyarrow is not installed, or something else than a file has that name.
         ResourceError: The file cannot be written.
     """
 
     def __init__(self, path: Path, ahead: int) -> None:
+        if not path.name:
+            raise UsageError("not a file's name", got=repr(str(path)))
+        # The file comes by rename, which would put it in the place of a device or a pipe.
+        if path.exists() and not path.is_file():
+            raise UsageError("not a regular file", where=path, remedy="name another file")
         arrow, parquet = _pyarrow()
         self._arrow, self._path, self._ahead = arrow, path, ahead
         self._temporary = path.with_name(f"{path.name}.part")

@@ -26,6 +26,7 @@ from .common import (
     statistics_json,
     statistics_line,
 )
+from .types import Seed
 
 
 @click.command("bench")
@@ -46,7 +47,7 @@ from .common import (
     help="Tokens before the measured decoding.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=Seed(), default=0, show_default=True)
 @click.option(
     "--ablation",
     is_flag=True,

@@ -42,6 +42,12 @@ def test_the_widest_seeds(command: Command, pack: Path, seed: int) -> None:
     assert command("generate", pack, *few, "--seed", seed).json["new_tokens"] > 0
 
 
+def test_a_seed_of_a_measurement(command: Command) -> None:
+    result = command("bench", "nothere", "--seed", 2**64)
+    assert result.code == 2
+    assert "more than 64 bits" in result.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("option", ["--disk-mbps", "--compute-ms"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_speeds_that_are_none(command: Command, option: str, value: str) -> None:

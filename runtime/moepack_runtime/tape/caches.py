@@ -49,7 +49,7 @@ def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:
 
 
 def _fits(layer: DynamicLayer) -> bool:
-    if isinstance(layer, GrowingLayer) and layer.untouched:
-        return layer.untouched.one_text
+    if isinstance(layer, GrowingLayer) and (buffers := layer.untouched) is not None:
+        return buffers.one_text
     keys = layer.keys
     return keys is not None and len(keys) == 1 and keys.dtype is torch.float32

@@ -43,12 +43,10 @@ class Buffers:
 
     Attributes:
         filled: Tokens that are there.
-        one_text: Whether it holds a single text, in numbers that are played; asked for every token.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, half: bool) -> None:
         self.filled = 0
-        self.one_text = len(keys) == 1 and (half or keys.dtype is torch.float32)
         dtype = torch.float16 if half else keys.dtype
         self.keys, self.values = keys[:, :, :0].to(dtype), values[:, :, :0].to(dtype)
         self.write(0, keys, values)
@@ -57,6 +55,11 @@ class Buffers:
     def capacity(self) -> int:
         """Tokens that there is room for."""
         return self.keys.shape[2]
+
+    @property
+    def one_text(self) -> bool:
+        """Whether it holds a single text, in numbers that are played."""
+        return len(self.keys) == 1 and self.keys.dtype in (torch.float32, torch.float16)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in all."""

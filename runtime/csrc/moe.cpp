@@ -145,7 +145,8 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   auto down_int8 = [&](int64_t e) { return uses_int8(layouts[e]->down_scheme, mode); };
   for (int64_t e = 0; e < count; ++e)
     nbytes += Inputs::nbytes(layouts[e]->down_scheme, down_int8(e), !down_int8(e), 1, intermediate);
-  scratch.reset(nbytes);
+  scratch.reset(nbytes + Scratch::rounded(count * hidden * 4));
+  float* scratch_outputs = scratch.take<float>(outputs ? 0 : count * hidden);
   Inputs input(scratch, 0, int8, floats, 1, hidden);
   input.fill(0, x, hidden);
   h.clear();
@@ -161,38 +162,28 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
     for (int64_t u = chunk * each; u < end; ++u) {
       int64_t e = u / blocks;
-      if (u + 1 < end && (u + 1) / blocks != e) prefetch(records[e + 1] + layouts[e + 1]->first);
+      if (u + 1 < units && (u + 1) / blocks != e) prefetch(records[e + 1] + layouts[e + 1]->first);
       intermediate_block(layer, e, u % blocks, input, hs[e], 1);
     }
   });
-  auto down_at = [&](int64_t e, int64_t tile) {
-    const moepack_layout& at = *layouts[e];
-    return records[e] + at.down + tile * kFormats[at.down_scheme].tile_nbytes(intermediate);
-  };
-  // Every output is summed by one thread in the order of the experts: the same bits for any number
-  // of threads. Experts are outermost, so that a chunk reads each one's bytes front to back.
+  // A chunk reads one expert's bytes in a row; what experts give is summed afterwards in their order, the
+  // same bits for any number of threads.
+  float* to = outputs ? outputs : scratch_outputs;
   int64_t tiles = ceil_div(hidden, kTileRows), tile_nbytes = 0;
+  units = count * tiles;
   for (int64_t e = 0; e < count; ++e)
     tile_nbytes += kFormats[layouts[e]->down_scheme].tile_nbytes(intermediate);
-  each = count == 0 ? tiles : chunk_pieces(tile_nbytes, tiles, threads);
-  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
-    int64_t begin = chunk * each, end = begin + each < tiles ? begin + each : tiles;
-    int64_t last = end * kTileRows < hidden ? end * kTileRows : hidden;
-    if (!outputs)
-      for (int64_t r = begin * kTileRows; r < last; ++r) y[r] = 0.0f;
-    for (int64_t e = 0; e < count; ++e)
-      for (int64_t t = begin; t < end; ++t) {
-        if (t + 1 == end && e + 1 < count) prefetch(down_at(e + 1, begin));
-        const float* out = down_tile(layer, e, t, hs[e], 1);
-        int64_t rows = hidden - t * kTileRows < kTileRows ? hidden - t * kTileRows : kTileRows;
-        float* to = (outputs ? outputs + e * hidden : y) + t * kTileRows;
-        for (int64_t r = 0; r < rows; ++r) {
-          float weighted = weights[e] * out[r];
-          to[r] = outputs ? weighted : to[r] + weighted;
-        }
-      }
+  each = count == 0 ? 1 : chunk_pieces(tile_nbytes / count, units, threads);
+  for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
+    for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); ++u) {
+      int64_t e = u / tiles, t = u % tiles;
+      if (t + 1 == tiles && e + 1 < count) prefetch(records[e + 1] + layouts[e + 1]->down);
+      const float* out = down_tile(layer, e, t, hs[e], 1);
+      int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
+      for (int64_t r = 0; r < rows; ++r) to[e * hidden + t * kTileRows + r] = weights[e] * out[r];
+    }
   });
-  return MOEPACK_OK;
+  return outputs ? MOEPACK_OK : moepack_sum_rows(to, 1, count, hidden, y, 1);
 }
 
 int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count, int64_t width, float* y,

@@ -45,7 +45,7 @@ constexpr int64_t kSmallChunk = 32 << 10;
 // Pieces of some bytes each that make a chunk: enough in a row for prefetching to pay, and some chunks
 // for each thread, so that one that loses its core for a moment does not hold up the others.
 inline int64_t chunk_pieces(int64_t piece_nbytes, int64_t pieces, int threads) {
-  constexpr int64_t wanted_nbytes = 384 << 10, wanted_chunks = 4;
+  constexpr int64_t wanted_nbytes = 96 << 10, wanted_chunks = 4;
   int64_t by_bytes = ceil_div(wanted_nbytes, piece_nbytes);
   int64_t by_count = ceil_div(pieces, wanted_chunks * threads);
   int64_t each = by_bytes < by_count ? by_bytes : by_count;

@@ -62,16 +62,18 @@ class Pool {
       return;
     }
     add_workers(threads);
-    body_ = body, data_ = data, chunks_ = chunks;
-    threads_.store(threads, std::memory_order_relaxed);
+    body_ = body, data_ = data;
     done_.store(0, std::memory_order_relaxed);
-    uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(generation << 32 | static_cast<uint64_t>(chunks));
+    int64_t shares = threads < kShares ? threads : kShares;
+    for (int64_t i = 0; i < shares; ++i)
+      shares_[i].left.store(range(chunks * i / shares, chunks * (i + 1) / shares));
+    uint64_t number = (job_.load(std::memory_order_relaxed) >> 32) + 1;
+    job_.store(number << 32 | static_cast<uint64_t>(threads));
     if (asleep_.load()) {
       { std::lock_guard<std::mutex> lock(sleep_); }
       wake_.notify_all();
     }
-    take();
+    take(0, threads);
     auto finished = [&] { return done_.load(std::memory_order_acquire) == chunks; };
     while (!spin(finished, microseconds(50))) std::this_thread::yield();
   }
@@ -90,45 +92,66 @@ class Pool {
     }
   }
 
-  bool available(int id) const {
-    return static_cast<uint32_t>(ticket_.load()) != 0 &&
-           id < threads_.load(std::memory_order_relaxed);
-  }
+  // Chunks that a thread goes through from front to back, so that it reads memory in a row; who has
+  // none left takes another thread's from behind.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};  // range(first, end)
+  };
+  static constexpr int64_t kShares = 64;
 
-  // A chunk is taken by counting the ticket down. Success says that the job in body_ and data_ is
-  // the current one, and it stays so until this chunk is counted in done_.
-  void take() {
-    uint64_t ticket = ticket_.load();
-    while (static_cast<uint32_t>(ticket) != 0) {
-      if (!ticket_.compare_exchange_weak(ticket, ticket - 1)) continue;
-      body_(data_, chunks_ - static_cast<int64_t>(static_cast<uint32_t>(ticket)));
-      done_.fetch_add(1, std::memory_order_release);
-      ticket = ticket_.load();
+  static uint64_t range(int64_t first, int64_t end) {
+    return static_cast<uint64_t>(first) << 32 | static_cast<uint64_t>(end);
+  }
+  static int threads_of(uint64_t job) { return static_cast<int>(static_cast<uint32_t>(job)); }
+
+  // Takes a chunk, -1 if there is none. Success says that the job in body_ and data_ is the one that
+  // the share is of, whichever that was when the share was looked at first, and it stays so until this
+  // chunk is counted in done_.
+  static int64_t take_from(Share& share, bool own) {
+    uint64_t left = share.left.load();
+    for (;;) {
+      uint32_t first = static_cast<uint32_t>(left >> 32), end = static_cast<uint32_t>(left);
+      if (first >= end) return -1;
+      uint64_t rest = own ? range(first + 1, end) : range(first, end - 1);
+      if (share.left.compare_exchange_weak(left, rest)) return own ? first : end - 1;
     }
   }
 
+  void take(int id, int threads) {
+    int64_t shares = threads < kShares ? threads : kShares;
+    for (int64_t i = 0; i < shares; ++i)
+      for (;;) {
+        int64_t chunk = take_from(shares_[(id + i) % shares], i == 0);
+        if (chunk < 0) break;
+        body_(data_, chunk);
+        done_.fetch_add(1, std::memory_order_release);
+      }
+  }
+
   void work(int id) {
+    uint64_t seen = 0, job = 0;
     for (;;) {
-      auto ready = [&] { return available(id); };
+      auto ready = [&] { return (job = job_.load()) != seen && id < threads_of(job); };
       if (!spin(ready, kSpin)) {
         std::unique_lock<std::mutex> lock(sleep_);
         asleep_.fetch_add(1);
         wake_.wait(lock, ready);
         asleep_.fetch_sub(1);
       }
-      take();
+      seen = job;
+      take(id, threads_of(job));
     }
   }
 
   std::mutex busy_, sleep_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> ticket_{0};  // generation << 32 | chunks that nobody has taken
+  Share shares_[kShares];
+  std::atomic<uint64_t> job_{0};  // its number << 32 | threads that compute
   std::atomic<int64_t> done_{0};
-  std::atomic<int> threads_{0}, asleep_{0};
+  std::atomic<int> asleep_{0};
   int workers_ = 0;
   void (*body_)(void*, int64_t) = nullptr;
   void* data_ = nullptr;
-  int64_t chunks_ = 0;
 };
 
 // Never destroyed: its threads end with the process. Threads do not survive a fork, so a child

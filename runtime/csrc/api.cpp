@@ -10,7 +10,7 @@ namespace {
 
 const Kernels* const kAll[] = {
 #if defined(MOEPACK_X86)
-    &kAvx512, &kAvx2,
+    &kAvx512Vbmi, &kAvx512, &kAvx2,
 #elif defined(MOEPACK_NEON)
     &kNeon,
 #endif

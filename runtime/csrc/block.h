@@ -70,8 +70,10 @@ void quantize_block(const float* x, int64_t count, Row& row, int64_t block) {
     int64_t at = 2 * block + half;
     int16_t sums[4];
     row.step[at] = STEP(x + half * kStepCols, row.q + at * kStepCols, sums);
-    for (int64_t g = 0; g < 2; ++g)
+    for (int64_t g = 0; g < 2; ++g) {
       row.qsum16[2 * at + g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+      row.level_base[2 * at + g] = -kLevelOffset * row.qsum16[2 * at + g];
+    }
     for (int64_t i = 0; i < 4; ++i)
       row.qlevel[4 * at + i] = static_cast<int16_t>(kLevelOffset * sums[i]);
     sum += row.step[at] * static_cast<float>(row.qsum16[2 * at] + row.qsum16[2 * at + 1]);

@@ -12,7 +12,7 @@ namespace moepack {
 
 inline int64_t row_nbytes(int64_t cols) {
   int64_t padded = ceil_div(cols, kBlockCols) * kBlockCols, r = Scratch::rounded(padded);
-  return 4 * r + Scratch::rounded(padded / 4) * 3 + r + Scratch::rounded(padded / 8) +
+  return 4 * r + Scratch::rounded(padded / 4) * 4 + r + Scratch::rounded(padded / 8) +
          Scratch::rounded(padded / 16);
 }
 
@@ -26,6 +26,7 @@ inline Row take_row(Scratch& scratch, int64_t cols) {
   row.sum64 = scratch.take<float>(padded / kBlockCols);
   row.qsum16 = scratch.take<int16_t>(padded / 16);
   row.qlevel = scratch.take<int16_t>(padded / 8);
+  row.level_base = scratch.take<int32_t>(padded / 16);
   return row;
 }
 
@@ -124,7 +125,8 @@ class Inputs {
     alignas(64) int8_t q[kBlockCols];
     float step[2], sum64;
     int16_t qsum16[4], qlevel[8];
-    Row row{nullptr, nullptr, q, step, &sum64, qsum16, qlevel};
+    int32_t level_base[4];
+    Row row{nullptr, nullptr, q, step, &sum64, qsum16, qlevel, level_base};
     kernels().quantize_block(x, count, row, 0);
     for (int64_t half = 0; half < 2; ++half) {
       int64_t at = (2 * block + half) * panel_.tokens + token;

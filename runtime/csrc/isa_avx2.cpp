@@ -16,8 +16,8 @@ struct Avx2 {
   static constexpr int kTokens = 2, kByteTokens = 2;
   static constexpr bool kExpands = false;
   // Schemes that halves_avx2.h multiplies with.
-  template <Scheme S> static constexpr bool own_half() {
-    return S == Q2G16S4 || S == Q3G32S4 || S == Q3G16S5;
+  template <Scheme S> static constexpr int own_cols() {
+    return S == Q2G16S4 || S == Q3G32S4 || S == Q3G16S5 ? 32 : 0;
   }
   static constexpr float kLevelUnit = 1.0f / 256;  // of what it gives where codes stand for levels
 

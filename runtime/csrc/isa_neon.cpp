@@ -18,7 +18,7 @@ struct Neon {
   using Partial = Ints;
   static constexpr int kTokens = 2, kByteTokens = 4;
   static constexpr bool kExpands = true;
-  template <Scheme> static constexpr bool own_half() { return false; }
+  template <Scheme> static constexpr int own_cols() { return 0; }
 
   template <class R, class F> static MOEPACK_INLINE R make(F&& f) {
     return R{{f(0), f(1), f(2), f(3)}};

@@ -15,7 +15,7 @@ struct Portable {
   using Floats = FloatWords;
   static constexpr int kTokens = 1, kByteTokens = 4;
   static constexpr bool kExpands = true;
-  template <Scheme> static constexpr bool own_half() { return false; }
+  template <Scheme> static constexpr int own_cols() { return 0; }
 
   template <class T> static MOEPACK_INLINE T load_as(const void* p) {
     T v;

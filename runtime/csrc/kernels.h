@@ -16,6 +16,7 @@ struct Row {
   // [C / 8] for each 16 of q the sums of the first two and of the last two of every four, times
   // kLevelOffset
   int16_t* qlevel;
+  int32_t* level_base;  // [C / 16] sums of q times -kLevelOffset
 };
 
 // Inputs under one int8 step. 32 costs what 64 would; after a SwiGLU, whose values have long tails,
@@ -89,7 +90,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(MOEPACK_X86)
-extern const Kernels kAvx512, kAvx2;
+extern const Kernels kAvx512Vbmi, kAvx512, kAvx2;
 #elif defined(MOEPACK_NEON)
 extern const Kernels kNeon;
 #endif

@@ -34,7 +34,7 @@ typedef struct {
 
 MOEPACK_API int32_t moepack_abi(void);
 MOEPACK_API const char* moepack_isa(void);
-/* "portable", "avx2", "avx512" or "neon"; not to be called while another call runs. */
+/* "portable", "avx2", "avx512", "avx512_vbmi" or "neon"; not to be called while another call runs. */
 MOEPACK_API int32_t moepack_set_isa(const char* name);
 MOEPACK_API int64_t moepack_packed_nbytes(int32_t scheme, int64_t rows, int64_t cols);
 

@@ -241,7 +241,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
   constexpr int groups = kStepCols / F.group;
   constexpr int64_t run = Codes::code_nbytes / 2, stored = F.small_nbytes() / 2;  // of 32 inputs
   constexpr bool by_row = F.scale_bits == 8;
-  constexpr bool own = std::is_same_v<D, Int8Dot<V>> && !BYTES && V::template own_half<S>();
+  constexpr int own = std::is_same_v<D, Int8Dot<V>> && !BYTES ? V::template own_cols<S>() : 0;
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
   int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
@@ -252,7 +252,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       outer = V::load_f32(w), outer_low = V::load_f32(w + 4 * kTileRows);
     } else {
       outer = V::load_f16(w);
-      if constexpr (own && F.levels()) outer = V::mul(outer, V::set(V::kLevelUnit));
+      if constexpr (own > 0 && F.levels()) outer = V::mul(outer, V::set(V::kLevelUnit));
       if constexpr (!F.levels()) outer_low = V::load_f16(w + 2 * kTileRows);
     }
     w += by_row ? F.head_nbytes() : F.super_nbytes();
@@ -262,39 +262,52 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     for (int64_t b = first; b < end; ++b) {
       const uint8_t* metadata = w + Codes::code_nbytes;
       V::prefetch(metadata + kPrefetch);
-      for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
-        typename D::Total high[N], base[N];
-        // Of the first group in the span.
-        int64_t number = static_cast<int64_t>(static_cast<uint64_t>(half - first * 64) / F.group);
-        if constexpr (own) {
-          V::template half<S, N>(w, metadata, fifths, number, rows, half, high, base);
-        } else {
-          typename D::Total dot[groups][N];
-          D::template dot<Codes, groups, N>(w, rows, half, dot);
-          for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
-          for (int g = 0; g < groups; ++g) {
-            int64_t col = half + g * F.group;
-            typename V::Ints scale, minimum;
-            if constexpr (F.levels()) {
-              const uint8_t* of_eight = fifths + number / 8 * kTileRows;
-              scale = load_signed<V>(metadata, g == 1, of_eight, static_cast<int>(number % 8) + g);
-            } else {
-              load_small<V, F.scale_bits>(metadata + g * stored / groups, scale, minimum);
-            }
-            for (int n = 0; n < N; ++n) {
+      if constexpr (own == kBlockCols) {
+        typename D::Total high[2][N], base[2][N];
+        V::template block<S, N>(w, metadata, fifths, (b - first) * kBlockCols / F.group, rows,
+                                b * kBlockCols, high, base);
+        w += 2 * run, metadata += 2 * stored;
+        for (int h = 0; h < 2; ++h)
+          for (int n = 0; n < N; ++n) {
+            int64_t col = b * kBlockCols + h * kStepCols;
+            sum[n] = D::add(sum[n], high[h][n], rows[n], col);
+            if constexpr (!F.levels()) sum_low[n] = D::add(sum_low[n], base[h][n], rows[n], col);
+          }
+      } else {
+        for (int64_t half = b * 64; half < b * 64 + 64; half += kStepCols) {
+          typename D::Total high[N], base[N];
+          // Of the first group in the span.
+          int64_t number = static_cast<int64_t>(static_cast<uint64_t>(half - first * 64) / F.group);
+          if constexpr (own == kStepCols) {
+            V::template half<S, N>(w, metadata, fifths, number, rows, half, high, base);
+          } else {
+            typename D::Total dot[groups][N];
+            D::template dot<Codes, groups, N>(w, rows, half, dot);
+            for (int n = 0; n < N; ++n) high[n] = base[n] = D::zero();
+            for (int g = 0; g < groups; ++g) {
+              int64_t col = half + g * F.group;
+              typename V::Ints scale, minimum;
               if constexpr (F.levels()) {
-                high[n] = D::weigh_levels(high[n], scale, dot[g][n], rows[n], col);
+                const uint8_t* of_eight = fifths + number / 8 * kTileRows;
+                scale = load_signed<V>(metadata, g == 1, of_eight, static_cast<int>(number % 8) + g);
               } else {
-                high[n] = D::weigh(high[n], scale, dot[g][n]);
-                base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+                load_small<V, F.scale_bits>(metadata + g * stored / groups, scale, minimum);
+              }
+              for (int n = 0; n < N; ++n) {
+                if constexpr (F.levels()) {
+                  high[n] = D::weigh_levels(high[n], scale, dot[g][n], rows[n], col);
+                } else {
+                  high[n] = D::weigh(high[n], scale, dot[g][n]);
+                  base[n] = D::weigh_sum(base[n], minimum, rows[n], col, F.group);
+                }
               }
             }
           }
-        }
-        w += run, metadata += stored;
-        for (int n = 0; n < N; ++n) {
-          sum[n] = D::add(sum[n], high[n], rows[n], half);
-          if constexpr (!F.levels()) sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
+          w += run, metadata += stored;
+          for (int n = 0; n < N; ++n) {
+            sum[n] = D::add(sum[n], high[n], rows[n], half);
+            if constexpr (!F.levels()) sum_low[n] = D::add(sum_low[n], base[n], rows[n], half);
+          }
         }
       }
       w = metadata;

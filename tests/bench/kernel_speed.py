@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("schemes", nargs="*", default=[n for n in SCHEMES if n != "f32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--activations", choices=["int8", "float"], default="int8")
-    parser.add_argument("--isa", help="portable, avx2, avx512 or neon")
+    parser.add_argument("--isa", help="portable, avx2, avx512, avx512_vbmi or neon")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     if native.available() is None:

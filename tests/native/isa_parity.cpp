@@ -201,7 +201,7 @@ void refusals() {
 int main() {
   std::printf("this machine: %s\n", moepack_isa());
   int tested = 0;
-  for (const char* isa : {"avx512", "avx2", "neon", "portable"}) {
+  for (const char* isa : {"avx512_vbmi", "avx512", "avx2", "neon", "portable"}) {
     if (moepack_set_isa(isa) != MOEPACK_OK) continue;
     ++tested;
     for (int scheme = 0; scheme < kSchemes; ++scheme) {

@@ -46,7 +46,7 @@ def _set_isa(library: ctypes.CDLL, isa: str) -> None:
             f"the instruction set {isa!r} is not supported on this machine"
             if status == 3
             else f"no instruction set {isa!r}",
-            wanted="portable, avx2, avx512 or neon",
+            wanted="portable, avx2, avx512, avx512_vbmi or neon",
             got=isa,
             remedy="unset MOEPACK_ISA",
         )

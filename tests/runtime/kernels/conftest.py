@@ -9,7 +9,7 @@ import pytest
 from moepack_formats.errors import UsageError
 from moepack_runtime.kernels import native
 
-ISAS = ("avx512", "avx2", "neon", "portable")
+ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
 
 
 def supported() -> list[str]:

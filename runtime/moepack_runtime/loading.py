@@ -20,7 +20,7 @@ from . import plugin
 from .auto_class import auto_class_of
 from .gpu.tier import resolve_device
 from .hub.locate import locate_pack
-from .options import current_options, options
+from .options import options
 from .pack_config import BASE_MODEL_TYPE_KEY
 
 
@@ -53,13 +53,12 @@ def load_pack(
     auto_class = _auto_class(path)
     plugin.model_is_built.set(False)
     try:
-        with options(**changes):
-            model: PreTrainedModel = auto_class.from_pretrained(
-                path,
-                dtype=dtype or _usual_dtype(resolve_device(current_options())),
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+        with options(**changes) as chosen:
+            dtype = dtype or chosen.dtype or _usual_dtype(resolve_device(chosen))
+            with options(dtype=dtype):
+                model: PreTrainedModel = auto_class.from_pretrained(
+                    path, dtype=dtype, local_files_only=True, trust_remote_code=False
+                )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if plugin.model_is_built.get():  # a defect of ours or of transformers, not the config's
             raise

@@ -14,6 +14,8 @@ from moepack_formats.errors import UsageError
 from .policies import Key, check_runnable
 
 if TYPE_CHECKING:
+    import torch
+
     from .gpu.simulated_link import LinkSpec
 
 IO_MODES = ("auto", "direct", "buffered", "mmap")
@@ -53,6 +55,8 @@ class RuntimeOptions:
         activations: ``int8`` or ``float``: whether inputs of quantized matrices are rounded to 8
             bits; see :func:`moepack_runtime.kernels.select`.
         threads: Threads of the native kernels; None for as many as torch has.
+        dtype: What the trunk computes in, a torch dtype; None for float32 on the CPU, whatever
+            the checkpoint's, and for what transformers is asked for on a GPU.
         tape: Whether decoding is recorded and played by the native library, where it can be.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         vram: Bytes of GPU memory for the trunk and the expert slots there; None for most of what
@@ -77,6 +81,7 @@ class RuntimeOptions:
     engine: str = "auto"
     activations: str = "int8"
     threads: int | None = None
+    dtype: torch.dtype | None = None
     tape: bool = True
     device: str = "auto"
     vram: int | None = None

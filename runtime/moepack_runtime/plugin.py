@@ -8,6 +8,7 @@ without this plug-in it refuses a pack instead of running it on random experts.
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from contextlib import ExitStack
@@ -49,6 +50,8 @@ if TYPE_CHECKING:  # this module is imported while transformers is still importi
 
     from .tape import TapeForward
 
+
+_log = logging.getLogger(__name__)
 
 model_is_built: ContextVar[bool] = ContextVar("moepack_model_is_built", default=False)
 """Whether the ``from_pretrained`` under way has made the model and come to its weights."""
@@ -228,6 +231,20 @@ class MoepackQuantizer(HfQuantizer):
                     got=f"device_map {place!r}",
                     remedy='load the pack inside moepack.options(device="cuda")',
                 )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the trunk computes in; see :class:`~moepack_runtime.options.RuntimeOptions`.
+
+        transformers asks for the checkpoint's dtype unless it is told another, and does not say
+        which it was. On CPUs 16 bits are slower and less exact, and nothing is recorded.
+        """
+        options = current_options()
+        on_cpu = resolve_device(options).type == "cpu"
+        found = options.dtype or (torch.float32 if on_cpu else dtype)
+        if found is not dtype:
+            remedy = "moepack.options(dtype=...) sets another"
+            _log.info("the trunk computes in %s, not in %s: %s", found, dtype, remedy)
+        return found
 
     def _process_model_before_weight_loading(
         self,

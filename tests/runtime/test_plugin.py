@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -150,15 +151,31 @@ def test_pipeline(pack: Path, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
 def test_other_dtypes(pack: Path, ids: torch.Tensor, dtype: Any) -> None:
-    with moepack.options(activations="float"):  # whose rounding would be most of the difference
-        model = AutoModelForCausalLM.from_pretrained(pack, dtype=dtype)
-    wanted = torch.float32 if dtype == "auto" else dtype
+    chosen = None if dtype == "auto" else dtype
+    # int8's rounding would be most of the difference.
+    with moepack.options(activations="float", dtype=chosen):
+        model = AutoModelForCausalLM.from_pretrained(pack)
+    wanted = chosen or torch.float32
     assert model.dtype == wanted
     assert model(ids).logits.dtype == wanted
     assert model.generate(ids, **GREEDY).shape == (1, ids.shape[1] + 6)
     exact = families.logits(load_pack(pack, activations="float"), ids)
     error = (families.logits(model, ids) - exact).square().mean().sqrt() / exact.std()
     assert error < (1e-6 if dtype == "auto" else 0.1)
+
+
+def test_a_checkpoint_of_16_bits_computes_in_32(
+    damaged: Path, ids: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers asks for the checkpoint's dtype, in which nothing would be recorded."""
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with caplog.at_level("INFO", logger="moepack_runtime"):
+        model = AutoModelForCausalLM.from_pretrained(damaged)
+    assert "computes in torch.float32, not in torch.bfloat16" in caplog.text
+    assert model.dtype == torch.float32
+    assert torch.equal(model.generate(ids, **GREEDY), load_pack(damaged).generate(ids, **GREEDY))
+    assert model.moepack.tape is None or model.moepack.tape.playing
 
 
 def test_batches_with_padding(pack: Path) -> None:

@@ -30,7 +30,7 @@ def fits_half(numbers: Tensor) -> bool:
     if numbers.numel() == 0:
         return True
     low, high = HALF_RANGE
-    return low <= float(numbers.abs().amax()) <= high  # a NaN is in no range
+    return low <= float(numbers.detach().abs().amax()) <= high  # a NaN is in no range
 
 
 class Buffers:

@@ -37,6 +37,15 @@ class NativeEngine:
     def __init__(self, *, int8: bool, threads: int | None = None) -> None:
         self.int8, self._own_threads = int8, threads
 
+    @contextmanager
+    def threads_kept(self) -> Iterator[None]:
+        """As many threads as now, whatever becomes of torch's."""
+        own, self._own_threads = self._own_threads, self.threads
+        try:
+            yield
+        finally:
+            self._own_threads = own
+
     @property
     def threads(self) -> int:
         """Threads that compute."""

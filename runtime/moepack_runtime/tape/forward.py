@@ -25,6 +25,7 @@ from .overlap import reads_early
 from .player import Player
 from .profile import Profile
 from .record import CannotRecord, Recorder, differences, recording
+from .torch_threads import TorchThreads
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class TapeForward:
         self._rows = cast(Any, model).get_input_embeddings().num_embeddings
         self._speculator = speculator
         self._answers: Answers = {}
+        self.torch_threads = TorchThreads(engine)
         self._player: Player | None = None
         self._output: type[Any] | None = None
         self._why_not: str | None = None
@@ -102,6 +104,7 @@ class TapeForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward``."""
         found = None if self._why_not is not None else self._one_token(args, kwargs)
+        self.torch_threads.expect(played=found is not None and self._player is not None)
         if found is None or self._looking():
             return self._forward(self._model(), *args, **kwargs)
         token, layers = found
@@ -285,7 +288,23 @@ def install(
     # generate() looks at the parameters' names, and must not find `self`.
     cast(Any, forward).__signature__ = inspect.signature(model.forward)
     model.forward = forward
+    if hasattr(model, "generate"):
+        _install_generate(model, tape)
     return tape
+
+
+def _install_generate(model: nn.Module, tape: TapeForward) -> None:
+    """Let generate() know how many threads torch needs."""
+    original = cast(Any, type(model)).generate
+    weak = weakref.ref(model)
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with tape.torch_threads.generating():
+            return original(weak(), *args, **kwargs)
+
+    cast(Any, generate).__signature__ = inspect.signature(cast(Any, model).generate)
+    cast(Any, model).generate = generate
 
 
 def _check(model: nn.Module) -> None:

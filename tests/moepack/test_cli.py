@@ -14,7 +14,7 @@ import moepack
 from moepack.commands.common import print_json
 from moepack_formats.errors import UsageError
 from moepack_runtime.options import RuntimeOptions
-from tests.commands import Command, edit_json
+from tests.commands import ASSETS, Command, edit_json
 
 COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
 HEAVY = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -132,6 +132,37 @@ def test_wrong_values(command: Command, arguments: list[object], words: str) -> 
 def test_cuda_is_refused_where_there_is_none(command: Command, pack: Path) -> None:
     result = command("generate", pack, "--prompt", "x", "--device", "cuda")
     assert "there is no CUDA device" in result.error(2)
+
+
+@pytest.mark.parametrize("option", [("--vram", "1GB"), ("--hybrid", "on"), ("--hybrid", "off")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x"],
+        ["bench"],
+        ["eval", "--text", ASSETS / "text" / "alice29.txt"],
+        ["trace", "--text", ASSETS / "text" / "alice29.txt", "out.parquet"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_options_about_a_gpu_where_the_cpu_computes(
+    command: Command,
+    pack: Path,
+    arguments: list[object],
+    option: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *rest = arguments
+    result = command(name, pack, *rest, "--device", "cpu", *option)
+    assert f"{option[0]} does nothing where the CPU computes" in result.error(2)
+    assert result.out == ""
+    assert list(tmp_path.iterdir()) == []
+    if torch.cuda.is_available():
+        return
+    error = command(name, pack, *rest, *option).error(2)
+    assert f"{option[0]} does nothing where the CPU computes (got no CUDA device)" in error
 
 
 def test_an_ablation_over_a_simulated_link(command: Command, pack: Path) -> None:

@@ -92,6 +92,8 @@ def command(
         raise UsageError("--greedy excludes --temperature, --top-p, --top-k and --min-p")
     if system is not None and not (chat or interactive):
         raise UsageError("--system goes with --chat or --interactive")
+    if interactive and sys.stdin is None:
+        raise _closed_input()
     if prompt == "-":
         prompt = _standard_input()
     if prompt == "":
@@ -273,12 +275,17 @@ class Writer:
 
 
 def _standard_input() -> str:
-    if sys.stdin is None:  # closed before Python began
-        raise UsageError("standard input is closed")
+    if sys.stdin is None:
+        raise _closed_input()
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         raise UsageError("not a UTF-8 text", where="standard input") from None
+
+
+def _closed_input() -> UsageError:
+    """For a standard input that was closed before Python began, which is None."""
+    return UsageError("standard input is closed")
 
 
 def _note_interrupts(interrupted: list[bool]) -> Callable[[], object]:

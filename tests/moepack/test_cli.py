@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import moepack
+from moepack import speed
 from moepack.commands.common import print_json
 from moepack_formats.errors import UsageError
+from moepack_runtime.kernels import native
 from moepack_runtime.options import RuntimeOptions
 from tests.commands import ASSETS, Command, edit_json
 
@@ -293,6 +295,24 @@ def test_bench(command: Command, pack: Path) -> None:
         "memory",
         "engine",
     ]
+
+
+def test_bench_does_not_read_memory_where_experts_are_streamed(
+    command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take 512 MiB beside a budget that has no room for all experts."""
+    calls = []
+    monkeypatch.setattr(speed, "read_bandwidth", lambda threads: calls.append(threads) or 1e12)
+    few = ["bench", pack, "--max-new-tokens", 2, "--prompt-tokens", 2, "--rounds", 1, "--json"]
+    need = command(*few, "--ram", 1000).error(5).split("--ram ")[1].split()[0]
+    for budget in (("--slots", 12), ("--ram", need)):
+        values = command(*few, "--threads", 1, *budget).json
+        assert (values["read_bytes_per_s"], values["read_share"]) == (None, None)
+    assert calls == []
+    values = command(*few, "--threads", 1, "--ram", "64GiB").json
+    if native.available() is not None:
+        assert calls
+        assert values["read_share"] is not None
 
 
 # --- a pack without a tokenizer ------------------------------------------------------------------

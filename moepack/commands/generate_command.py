@@ -101,6 +101,12 @@ def command(
 
     if "" in stop:
         raise UsageError("--stop is empty")
+    for option, text in (
+        ("--prompt", prompt),
+        ("--system", system),
+        *(("--stop", t) for t in stop),
+    ):
+        _check_utf8(text or "", option)
     model = load(pack, **runtime)
     options = _generation_options(sampling, greedy, max_new_tokens, seed)
     if repetition_penalty is not None:
@@ -283,6 +289,14 @@ def _standard_input() -> str:
         raise UsageError("not a UTF-8 text", where="standard input") from None
 
 
+def _check_utf8(text: str, where: str) -> None:
+    """Refuse what Python could not decode; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("not a UTF-8 text", where=where) from None
+
+
 def _closed_input() -> UsageError:
     """For a standard input that was closed before Python began, which is None."""
     return UsageError("standard input is closed")
@@ -323,9 +337,13 @@ def _converse(writer: Writer, system: str | None) -> None:
     """Ask and answer until the end of input; Ctrl-C ends a reply, at the question the program."""
     history = _system(system)
     while True:
-        text = _ask()
+        try:
+            text = _ask()
+        except UnicodeDecodeError:
+            raise UsageError("not a UTF-8 text", where="standard input") from None
         if text is None:
             return
+        _check_utf8(text, "standard input")
         history.append(_message("user", text))
         ids = writer.chat_ids(history) if writer.can_chat else writer.text_ids(_plain(history))
         try:

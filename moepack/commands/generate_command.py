@@ -101,11 +101,8 @@ def command(
 
     if "" in stop:
         raise UsageError("--stop is empty")
-    for option, text in (
-        ("--prompt", prompt),
-        ("--system", system),
-        *(("--stop", t) for t in stop),
-    ):
+    stops = [("--stop", text) for text in stop]
+    for option, text in (("--prompt", prompt), ("--system", system), *stops):
         _check_utf8(text or "", option)
     model = load(pack, **runtime)
     options = _generation_options(sampling, greedy, max_new_tokens, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -89,7 +90,32 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `moepack` script."""
+    _stand_in_for_closed_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+class _ClosedOutput(io.TextIOBase):
+    """Stands for standard output that was closed before Python began."""
+
+    def write(self, _: str) -> int:
+        """Fails, as in other programs: Python's own None would lose the result without a word."""
+        raise OSError(errno.EBADF, "it is closed", "standard output")
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Take the places of standard streams that were closed before Python began.
+
+    Otherwise the next file that is opened would be number 1, and what a library prints, in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    if sys.stderr is None:  # progress bars write to it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
 
 
 def run(arguments: list[str]) -> int:

@@ -35,8 +35,10 @@ class Interval:
         """``(low, mean, high)`` of the exponential: nats a token to perplexity."""
         return _exp(self.low), _exp(self.mean), _exp(self.high)
 
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.half_width:.4f}"
+    def __format__(self, spec: str) -> str:
+        """Both figures in a format of floats; the mean alone where there is no interval."""
+        mean = format(self.mean, spec)
+        return mean if math.isinf(self.half_width) else f"{mean} ± {format(self.half_width, spec)}"
 
 
 def mean_interval(sums: Sequence[float], tokens: Sequence[int]) -> Interval:

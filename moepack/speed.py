@@ -329,6 +329,17 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
     return _READ_NBYTES / statistics.median(taken)
 
 
+def room_to_read(model: Any) -> bool:
+    """Whether :func:`read_bandwidth` is within the model's budget, beside all of its experts.
+
+    Where experts are read from the disk memory's speed is not what bounds a token, and what the
+    budget leaves is for them.
+    """
+    budget, slots = model.moepack.budget, getattr(model.moepack.residency, "slots", None)
+    whole = slots is None or slots >= sum(map(len, model.moepack.pack.layers))
+    return bool(whole and budget.for_slots >= budget.everything + _READ_NBYTES)
+
+
 def _seconds(run: Callable[..., None], *arguments: Any) -> float:
     start = time.perf_counter()
     run(*arguments)

@@ -117,6 +117,7 @@ def command(
     plan = speed.Plan(prompt_tokens, context_tokens, max_new_tokens, rounds, seed, vocabulary)
     # The CPU's memory says nothing about what a GPU reads from its own.
     reads = model.moepack.tier is None and native.available() is not None
+    reads = reads and speed.room_to_read(model)
     memory = functools.partial(speed.read_bandwidth, threads) if reads else None
     runner = speed.PackRunner(model)
     mine, others, decoding = speed.measure(plan, runner, model.moepack.stats, peer, memory)

@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _SLOT_OPTIONS = ("slots", "policy", "scope", "pin", "cache_bias")
 """Options about slots, by parameter name; mapped files have none."""
 
+_GPU_OPTIONS = ("vram", "hybrid")
+"""Options about a GPU, by parameter name; where the CPU computes they would do nothing."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -205,6 +208,7 @@ def load(
     from moepack_runtime.loading import load_pack
     from moepack_runtime.trace import most_used, read_trace
 
+    _refuse_gpu_options(**more)
     pins = most_used(read_trace(pin)) if pin is not None else ()
     transformers_logging.disable_progress_bar()
     threads = threads or physical_cores()
@@ -236,6 +240,22 @@ def refuse_with(what: str, *names: str) -> None:
     """
     for option in given(*names):
         raise UsageError(f"{option} does nothing with {what}", remedy="leave one of them out")
+
+
+def _refuse_gpu_options(*, device: str, link: object = None, **_: Any) -> None:
+    """Refuse options about a GPU where neither a GPU nor a simulated one computes."""
+    import torch
+
+    from moepack_runtime.gpu.tier import resolve_device
+
+    if link is not None or resolve_device(RuntimeOptions(device=device)).type != "cpu":
+        return
+    for option in given(*_GPU_OPTIONS):
+        raise UsageError(
+            f"{option} does nothing where the CPU computes",
+            got=None if torch.cuda.is_available() else "no CUDA device",
+            remedy="leave it out",
+        )
 
 
 def is_mapped(model: Any) -> bool:

@@ -90,7 +90,7 @@ def command(
     Hub id only a few shards lie on the disk at a time, in OUT, unless the Hub cache has them all.
     """
     set_up(verbose)
-    from moepack.convert.calibrated import check_calibration
+    from moepack.convert.calibrated import calibration_ids, check_calibration
     from moepack.convert.checkpoint import open_checkpoint
     from moepack.convert.options import ConvertOptions
     from moepack.convert.output_folder import STAGE_NAME, check_usable
@@ -126,6 +126,7 @@ def command(
             say(f"moepack: {line}")
         plan = make_plan(checkpoint, options)
         if dry_run:
+            calibration_ids(plan)  # refuses what the conversion would
             _print_plan(plan, out, as_json)
             return
         if plan.checkpoint.staged_nbytes:

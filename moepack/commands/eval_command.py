@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,8 +166,8 @@ def _print_bias(cost: _BiasCost, share: float, text: str, as_json: bool) -> None
     click.echo(f"perplexity   {without:<9.4f}  {with_bias:.4f} ({with_bias / without - 1:+.2%})")
     click.echo(f"cache hits   {hits[0]:<9}  {hits[1]}")
     click.echo(
-        f"it costs {cost.loss} nats a token and changes {cost.nudged:.2f} choices a token "
-        f"({sum(cost.tokens)} tokens in {len(cost.tokens)} windows)"
+        f"it costs {cost.loss:.4f} nats a token and changes {cost.nudged:.2f} choices a token "
+        f"({_extent(cost.tokens)})"
     )
 
 
@@ -239,10 +240,17 @@ def _print_scores(scores: Scores, model: Any, text: str, as_json: bool) -> None:
         return
     click.echo(
         f"perplexity      {perplexity:.4f}, of the source {source_perplexity:.4f} "
-        f"({sum(scores.tokens)} tokens in {len(scores.tokens)} windows)"
+        f"({_extent(scores.tokens)})"
     )
-    click.echo(f"above source    {scores.loss_difference} nats a token")
-    click.echo(f"KL divergence   {scores.mean_divergence} nats a token")
-    agreement = scores.agreement
-    click.echo(f"top-1 agreement {agreement.mean:.2%} ± {agreement.half_width:.2%}")
-    click.echo("±: 95% intervals over windows")
+    click.echo(f"above source    {scores.loss_difference:.4f} nats a token")
+    click.echo(f"KL divergence   {scores.mean_divergence:.4f} nats a token")
+    click.echo(f"top-1 agreement {scores.agreement:.2%}")
+    if len(scores.tokens) > 1:
+        click.echo("±: 95% intervals over windows")
+
+
+def _extent(tokens: Sequence[int]) -> str:
+    """How much was scored, of windows with so many tokens."""
+    if len(tokens) == 1:
+        return f"{tokens[0]} tokens in one window: no interval"
+    return f"{sum(tokens)} tokens in {len(tokens)} windows"

@@ -92,6 +92,8 @@ def command(
         raise UsageError("--greedy excludes --temperature, --top-p, --top-k and --min-p")
     if system is not None and not (chat or interactive):
         raise UsageError("--system goes with --chat or --interactive")
+    if interactive and sys.stdin is None:
+        raise _closed_input()
     if prompt == "-":
         prompt = _standard_input()
     if prompt == "":
@@ -99,6 +101,9 @@ def command(
 
     if "" in stop:
         raise UsageError("--stop is empty")
+    stops = [("--stop", text) for text in stop]
+    for option, text in (("--prompt", prompt), ("--system", system), *stops):
+        _check_utf8(text or "", option)
     model = load(pack, **runtime)
     options = _generation_options(sampling, greedy, max_new_tokens, seed)
     if repetition_penalty is not None:
@@ -273,12 +278,25 @@ class Writer:
 
 
 def _standard_input() -> str:
-    if sys.stdin is None:  # closed before Python began
-        raise UsageError("standard input is closed")
+    if sys.stdin is None:
+        raise _closed_input()
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         raise UsageError("not a UTF-8 text", where="standard input") from None
+
+
+def _check_utf8(text: str, where: str) -> None:
+    """Refuse what Python could not decode; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("not a UTF-8 text", where=where) from None
+
+
+def _closed_input() -> UsageError:
+    """For a standard input that was closed before Python began, which is None."""
+    return UsageError("standard input is closed")
 
 
 def _note_interrupts(interrupted: list[bool]) -> Callable[[], object]:
@@ -316,9 +334,13 @@ def _converse(writer: Writer, system: str | None) -> None:
     """Ask and answer until the end of input; Ctrl-C ends a reply, at the question the program."""
     history = _system(system)
     while True:
-        text = _ask()
+        try:
+            text = _ask()
+        except UnicodeDecodeError:
+            raise UsageError("not a UTF-8 text", where="standard input") from None
         if text is None:
             return
+        _check_utf8(text, "standard input")
         history.append(_message("user", text))
         ids = writer.chat_ids(history) if writer.can_chat else writer.text_ids(_plain(history))
         try:

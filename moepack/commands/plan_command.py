@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moepack_runtime.options import format_size, parse_size
 
 from .common import common_options, print_json, set_up
+
+if TYPE_CHECKING:
+    from moepack.convert.sizing import Fit, Machine, ModelSizes
 
 
 @click.command("plan")
@@ -48,10 +52,19 @@ def command(
     """Say which recipe for SRC, a checkpoint folder or a Hub id, fits this machine.
 
     Of a Hub source only the small files are downloaded. Memory and disk are measured for a second.
+    Where none fits, the figures are printed all the same, and what is missing (exit code 5).
     """
     set_up(verbose)
     from moepack.convert.checkpoint import source_config
-    from moepack.convert.sizing import Machine, best, disk_speed, memory_speed, recipes, sizes_of
+    from moepack.convert.sizing import (
+        Machine,
+        best,
+        disk_speed,
+        lacking,
+        memory_speed,
+        recipes,
+        sizes_of,
+    )
     from moepack_runtime.disk import free_nbytes
     from moepack_runtime.memory import default_budget
     from moepack_runtime.residency import fixed_nbytes
@@ -70,14 +83,22 @@ def command(
     if as_json:
         print_json(
             {
-                "recipe": asdict(chosen),
+                "recipe": asdict(chosen) if chosen is not None else None,
                 "recipes": [asdict(one) for one in fits],
                 "expert_parameters": sizes.expert_parameters,
                 "trunk_bytes": sizes.trunk_nbytes,
                 "machine": asdict(machine),
             }
         )
-        return
+    else:
+        _print(sizes, machine, fits, chosen)
+    if chosen is None:
+        raise lacking(sizes, machine)
+    if not as_json:
+        click.echo(f"moepack convert {src} OUT --attn-bits {attn_bits} {chosen.options}")
+
+
+def _print(sizes: ModelSizes, machine: Machine, fits: list[Fit], chosen: Fit | None) -> None:
     click.echo(
         f"{sizes.expert_parameters:,} expert parameters, trunk {format_size(sizes.trunk_nbytes)}; "
         f"memory {machine.memory_speed / 1e9:.1f} GB/s, disk {machine.disk_speed / 1e9:.2f} GB/s"
@@ -90,4 +111,3 @@ def command(
             f"{mark} {one.name:14} {one.bits:6.3f}  {format_size(one.nbytes):10}  "
             f"{one.resident:8.0%}  {one.tokens_per_s:10.1f}{note}"
         )
-    click.echo(f"moepack convert {src} OUT --attn-bits {attn_bits} {chosen.options}")

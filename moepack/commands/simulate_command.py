@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def _words(_: click.Context, __: click.Parameter, value: str | None) -> list[str]:
-    return [word.strip() for word in value.split(",") if word.strip()] if value else []
+    words = value.split(",") if value else []
+    return list(dict.fromkeys(word.strip() for word in words if word.strip()))
 
 
 @click.command("simulate")

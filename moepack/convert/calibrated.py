@@ -46,7 +46,7 @@ def check_calibration(quantizer: str, text: Path | None) -> None:
     """Refuse a quantizer that needs text and has none, or that cannot use any.
 
     Raises:
-        UsageError: It is so, or there is no such file.
+        UsageError: It is so, or the text is not a regular file: it is read more than once.
     """
     chosen = get_quantizer(quantizer)
     if text is None and needs_products(chosen):
@@ -56,7 +56,8 @@ def check_calibration(quantizer: str, text: Path | None) -> None:
             f"{quantizer} cannot use calibration text", remedy="leave --calibrate or choose gptq"
         )
     if text is not None and not text.is_file():
-        raise UsageError("no such file", where=f"--calibrate {text}")
+        what = "not a regular file" if text.exists() else "no such file"
+        raise UsageError(what, where=f"--calibrate {text}")
 
 
 def calibration_nbytes(plan: ConversionPlan) -> int:
@@ -68,25 +69,48 @@ def calibration_nbytes(plan: ConversionPlan) -> int:
     return plan.options.calibrate_tokens * per_token
 
 
+def calibration_ids(plan: ConversionPlan) -> Tensor | None:
+    """The tokens of the calibration text, ``[T]`` int64; None without one. Nothing is written.
+
+    Raises:
+        UsageError: The source has no tokenizer, or the text is too short or not UTF-8.
+        ResourceError: The text cannot be read.
+    """
+    text = plan.options.calibrate
+    if text is None:
+        return None
+    tokenizer = load_tokenizer(plan.checkpoint.folder)
+    if tokenizer is None:
+        raise UsageError("the source has no tokenizer", where=plan.checkpoint.folder)
+    try:
+        with osio.io_errors(text):
+            content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError("not a UTF-8 text", where=text) from None
+    ids = tokenizer(content, verbose=False)["input_ids"][: plan.options.calibrate_tokens]
+    if len(ids) < 2:
+        raise UsageError(
+            "the calibration text is too short", where=text, wanted="two tokens", got=len(ids)
+        )
+    return torch.tensor(ids)
+
+
 def calibrate(
-    plan: ConversionPlan, out: Path, fingerprint: str, progress: Progress
-) -> Calibration | None:
-    """Run the calibration text through the source, if there is one and it has not been done.
+    plan: ConversionPlan, ids: Tensor, out: Path, fingerprint: str, progress: Progress
+) -> Calibration:
+    """Run the calibration text through the source, if it has not been done.
 
     Args:
         plan: What is converted.
+        ids: From :func:`calibration_ids`.
         out: The output folder.
         fingerprint: Names the source and the options.
         progress: Is told about it.
 
     Raises:
-        UsageError: The source has no tokenizer, or the text is too short or not UTF-8.
+        ResourceError: The disk is full or read-only.
     """
-    text = plan.options.calibrate
-    if text is None:
-        return None
     folder = out / FOLDER_NAME
-    ids = _tokens(plan, text)
     record(plan.mapping, ids, folder, fingerprint, progress.notice)
     calibration = Calibration(folder)
     progress.notice(calibration.report())
@@ -121,19 +145,6 @@ def choose_schemes(
 def forget(out: Path) -> None:
     """Take away what calibration has left in the output folder."""
     shutil.rmtree(out / FOLDER_NAME, ignore_errors=True)
-
-
-def _tokens(plan: ConversionPlan, text: Path) -> Tensor:
-    tokenizer = load_tokenizer(plan.checkpoint.folder)
-    if tokenizer is None:
-        raise UsageError("the source has no tokenizer", where=plan.checkpoint.folder)
-    try:
-        with osio.io_errors(text):
-            content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UsageError("not a UTF-8 text", where=text) from None
-    ids = tokenizer(content, verbose=False)["input_ids"]
-    return torch.tensor(ids[: plan.options.calibrate_tokens])
 
 
 def _read_losses(path: Path) -> Losses | None:

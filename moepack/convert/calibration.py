@@ -28,7 +28,6 @@ from moepack.perplexity import window_length, windows
 from moepack.quant.inputs import InputMoments
 from moepack.streaming import StreamedModel
 from moepack_formats import osio
-from moepack_formats.errors import UsageError
 from moepack_runtime.experts import ExpertsAdapter
 
 from .mapping import WeightMapping
@@ -184,13 +183,12 @@ def record(
 
     Args:
         mapping: The source seen through its model.
-        ids: ``[T]`` token ids.
+        ids: ``[T]`` token ids, two or more.
         folder: Created; what an interrupted run left there is cleared.
         fingerprint: Names the source; the text is added to it.
         notice: Is told what is being done.
 
     Raises:
-        UsageError: The text has no two tokens.
         ResourceError: The disk is full or read-only.
     """
     text = hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
@@ -202,9 +200,6 @@ def record(
     recorder = _Recorder(folder, [adapter.num_experts for adapter in mapping.adapters])
     streamed = StreamedModel(mapping.checkpoint, mapping=mapping, observer=recorder)
     runs = [run[None] for run in windows(ids, window_length(streamed.model))]
-    if not runs:
-        raise UsageError("the calibration text is too short", wanted="two tokens", got=len(ids))
-
     if notice is not None:
         count = sum(run.numel() for run in runs)
         notice(f"running {count} tokens through the source, layer by layer")

@@ -41,6 +41,7 @@ from moepack_runtime.disk import check_space
 
 from .calibrated import (
     calibrate,
+    calibration_ids,
     calibration_nbytes,
     choose_schemes,
     forget,
@@ -105,12 +106,13 @@ def convert(
     Raises:
         IntegrityError: A source weight is NaN or infinite.
         UsageError: The folder is the source itself, or holds an unfinished conversion with other
-            options.
+            options, or the calibration text is too short.
         ResourceError: The disk is full, read-only, or the folder is in use.
     """
     quantizer = get_quantizer(plan.options.quantizer)
     check_usable(out, force=force)
     check_apart(plan.checkpoint.folder, out)
+    ids = calibration_ids(plan)  # a text of no use is refused before anything is written
     with locked(out):
         if check_locked(out, fingerprint(plan), force=force):
             manifest = read_manifest(out)
@@ -130,7 +132,9 @@ def convert(
             clear_old_pack(out)
             forget(out)
         with closing(Journal(out, fingerprint(plan))) as journal:
-            calibration = calibrate(plan, out, fingerprint(plan), progress)
+            calibration = None
+            if ids is not None:
+                calibration = calibrate(plan, ids, out, fingerprint(plan), progress)
             plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()

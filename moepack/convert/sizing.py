@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from moepack_formats import osio
-from moepack_formats.errors import UsageError
+from moepack_formats.errors import ResourceError, UsageError
 from moepack_formats.record import plan_record
 from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
 from moepack_runtime.experts import find_experts
 from moepack_runtime.gpu.tier import WORK_SHARE
+from moepack_runtime.options import format_size
 
 from .meta_model import build_meta_model
 from .options import INTEGER_BITS, ConvertOptions
@@ -193,19 +194,34 @@ def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
     return sorted(found, key=lambda one: -one.nbytes)
 
 
-def best(fits: list[Fit]) -> Fit:
+def best(fits: list[Fit]) -> Fit | None:
     """The most bits that are whole in memory; else the fastest that the disk can hold.
 
-    Raises:
-        UsageError: None fits.
+    None where no recipe fits: :func:`lacking` says what is missing.
     """
     possible = [one for one in fits if one.fits_disk and one.tokens_per_s > 0]
-    if not possible:
-        raise UsageError("no recipe fits this disk and memory")
     whole = [one for one in possible if one.resident >= 1]
     if whole:
         return max(whole, key=lambda one: one.bits)
-    return max(possible, key=lambda one: one.tokens_per_s)
+    return max(possible, key=lambda one: one.tokens_per_s, default=None)
+
+
+def lacking(sizes: ModelSizes, machine: Machine) -> ResourceError:
+    """What a machine on which no recipe fits has too little of, for the smallest one."""
+    smallest = RECIPES[-1]
+    needs = [
+        ("memory", machine.fixed + (0 if machine.vram else sizes.trunk_ram_nbytes), machine.ram),
+        ("disk", sizes.trunk_nbytes + sizes.record_nbytes[smallest] - 1, machine.disk),
+    ]
+    if machine.vram:
+        device = int(sizes.trunk_nbytes / (1 - WORK_SHARE))
+        needs.insert(0, ("GPU memory", device, machine.vram))
+    short = [(what, need, there) for what, need, there in needs if there <= need]
+    return ResourceError(
+        f"no recipe fits, not even {smallest}",
+        wanted=" and ".join(f"more than {format_size(need)} of {what}" for what, need, _ in short),
+        got=" and ".join(format_size(there) for *_, there in short),
+    )
 
 
 def memory_speed() -> float:

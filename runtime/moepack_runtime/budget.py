@@ -83,17 +83,37 @@ class Budget:
         Raises:
             ResourceError: The message says the need.
         """
-        least = self.fixed + self.smallest
-        if self.nbytes < least:
-            raise ResourceError(
-                "not enough memory for the smallest working set",
-                where=pack.folder,
-                wanted=f"{format_size(least)} ({format_size(self.process)} process, "
-                f"{format_size(self.trunk)} trunk, {format_size(self.work)} work space, "
-                f"{format_size(self.smallest)} experts)",
-                got=format_size(self.nbytes),
-                remedy=f"give --ram {_enough(least) >> 20}MiB or more",
-            )
+        parts = (
+            f"{format_size(self.process)} process, {format_size(self.trunk)} trunk, "
+            f"{format_size(self.work)} work space"
+        )
+        check_budget(self.nbytes, self.fixed, self.smallest, parts, where=pack.folder)
+
+
+def check_budget(
+    nbytes: int, fixed: int, smallest: int, parts: str, *, where: object = None
+) -> None:
+    """Refuse a budget that is below the smallest working set.
+
+    Args:
+        nbytes: The budget, as are the next two in bytes.
+        fixed: What is not for experts.
+        smallest: One expert of each record size.
+        parts: What ``fixed`` consists of, for a person.
+        where: The pack.
+
+    Raises:
+        ResourceError: The message says the need.
+    """
+    least = fixed + smallest
+    if nbytes < least:
+        raise ResourceError(
+            "not enough memory for the smallest working set",
+            where=where,
+            wanted=f"{format_size(least)} ({parts}, {format_size(smallest)} experts)",
+            got=format_size(nbytes),
+            remedy=f"give --ram {_enough(least) >> 20}MiB or more",
+        )
 
 
 def _enough(least: int) -> int:

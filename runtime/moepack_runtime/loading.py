@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moepack_formats import osio
-from moepack_formats.errors import FormatError
+from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
 
@@ -47,6 +47,10 @@ def load_pack(
         MoepackError: The folder is not a valid pack, or does not fit.
     """
     path = locate_pack(str(folder), revision=revision)
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # safetensors takes no other
+        raise UsageError("the folder's name is not UTF-8", where=path, remedy="rename it") from None
     # Before transformers, which has longer and vaguer messages.
     for name in ("config.json", *read_manifest(path).trunk_files):
         os.close(osio.open_regular(resolve_inside(path, name)))

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from moepack_formats.errors import UsageError
 
+from .budget import check_budget
 from .cache_policy import make_policy
+from .options import format_size
 from .policies import Key, Observing, Offline
 from .slot_shares import LOOKAHEAD, divide_budget, due_layers, reserved_slots
 from .trace import Trace, TraceInfo
@@ -90,13 +92,17 @@ def slots_of(
     Args:
         info: Of the trace.
         slots: Slots of all sizes together.
-        ram: Bytes for everything, as ``--ram`` of the commands that run a pack; one slot of each
-            size if there is no room for more.
+        ram: Bytes for everything, as ``--ram`` of the commands that run a pack.
+
+    Raises:
+        ResourceError: The budget has no room for one slot of each size; the message says the need.
     """
     sizes = Counter(nbytes for layer in info.record_nbytes for nbytes in layer)
     everything = sum(nbytes * count for nbytes, count in sizes.items())
     if ram is not None:
-        budget = max(ram - info.fixed_nbytes, 0)
+        fixed = info.fixed_nbytes
+        check_budget(ram, fixed, sum(sizes), f"{format_size(fixed)} process and trunk")
+        budget = ram - fixed
     else:
         budget = everything * min(slots or 0, len(info.records)) // len(info.records)
     if len(sizes) == 1:

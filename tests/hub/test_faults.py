@@ -370,3 +370,15 @@ def change_config(folder: Path) -> None:
     facts = values["files"]["config.json"]
     facts["size"], facts["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     manifest.write_text(json.dumps(values))
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    shared: Client, pack: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "home"
+    line = shared.fails(5, "verify", "me/pack", HF_HOME=str(home))
+    assert line.startswith(f"moepack: me/pack: {home}")
+    # These need none.
+    shared.ok("pull", "me/pack", tmp_path / "out", HF_HOME=str(home))
+    assert files_of(tmp_path / "out") == files_of(pack)

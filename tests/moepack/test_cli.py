@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import moepack
+from moepack import speed
 from moepack.commands.common import print_json
 from moepack_formats.errors import UsageError
+from moepack_runtime.kernels import native
 from moepack_runtime.options import RuntimeOptions
-from tests.commands import Command, edit_json
+from tests.commands import ASSETS, Command, edit_json
 
 COMMANDS = ("bench", "convert", "eval", "generate", "inspect", "verify")
 HEAVY = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -132,6 +134,37 @@ def test_wrong_values(command: Command, arguments: list[object], words: str) -> 
 def test_cuda_is_refused_where_there_is_none(command: Command, pack: Path) -> None:
     result = command("generate", pack, "--prompt", "x", "--device", "cuda")
     assert "there is no CUDA device" in result.error(2)
+
+
+@pytest.mark.parametrize("option", [("--vram", "1GB"), ("--hybrid", "on"), ("--hybrid", "off")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x"],
+        ["bench"],
+        ["eval", "--text", ASSETS / "text" / "alice29.txt"],
+        ["trace", "--text", ASSETS / "text" / "alice29.txt", "out.parquet"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_options_about_a_gpu_where_the_cpu_computes(
+    command: Command,
+    pack: Path,
+    arguments: list[object],
+    option: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *rest = arguments
+    result = command(name, pack, *rest, "--device", "cpu", *option)
+    assert f"{option[0]} does nothing where the CPU computes" in result.error(2)
+    assert result.out == ""
+    assert list(tmp_path.iterdir()) == []
+    if torch.cuda.is_available():
+        return
+    error = command(name, pack, *rest, *option).error(2)
+    assert f"{option[0]} does nothing where the CPU computes (got no CUDA device)" in error
 
 
 def test_an_ablation_over_a_simulated_link(command: Command, pack: Path) -> None:
@@ -262,6 +295,24 @@ def test_bench(command: Command, pack: Path) -> None:
         "memory",
         "engine",
     ]
+
+
+def test_bench_does_not_read_memory_where_experts_are_streamed(
+    command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take 512 MiB beside a budget that has no room for all experts."""
+    calls = []
+    monkeypatch.setattr(speed, "read_bandwidth", lambda threads: calls.append(threads) or 1e12)
+    few = ["bench", pack, "--max-new-tokens", 2, "--prompt-tokens", 2, "--rounds", 1, "--json"]
+    need = command(*few, "--ram", 1000).error(5).split("--ram ")[1].split()[0]
+    for budget in (("--slots", 12), ("--ram", need)):
+        values = command(*few, "--threads", 1, *budget).json
+        assert (values["read_bytes_per_s"], values["read_share"]) == (None, None)
+    assert calls == []
+    values = command(*few, "--threads", 1, "--ram", "64GiB").json
+    if native.available() is not None:
+        assert calls
+        assert values["read_share"] is not None
 
 
 # --- a pack without a tokenizer ------------------------------------------------------------------

@@ -65,6 +65,30 @@ def test_a_reader_that_leaves_is_no_error(pack: Path, arguments: list[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("arguments", "closed", "code", "line"),
+    [
+        (["verify", "PACK"], ">&-", 5, "moepack: standard output: it is closed"),
+        (["inspect", "PACK", "--json"], ">&-", 5, "moepack: standard output: it is closed"),
+        (["--help"], ">&-", 5, "moepack: standard output: it is closed"),
+        (["verify", "PACK"], "2>&-", 0, "good: "),
+        (["verify", "PACK"], ">&- 2>&-", 5, ""),
+        (["verify", "PACK"], "<&-", 0, "good: "),
+        (["generate", "PACK", "--interactive"], "<&-", 2, "moepack: standard input is closed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_streams_that_were_closed_before(
+    pack: Path, arguments: list[str], closed: str, code: int, line: str
+) -> None:
+    words = [word.replace("PACK", str(pack)) for word in arguments]
+    script = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "moepack", *words]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done
+    assert (done.stdout + done.stderr).startswith(line)
+    assert (done.stdout + done.stderr).count("\n") == bool(line)
+
+
+@pytest.mark.parametrize(
     ("error", "code", "words"),
     [
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 5, "Broken pipe"),

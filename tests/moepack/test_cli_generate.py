@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from moepack_runtime import tape
 from tests.commands import Child, Command, Result, edit_json, wait_for
@@ -246,3 +249,42 @@ def test_recording_can_be_left_out(
     brief = ["generate", pack, "--prompt", "x", "--max-new-tokens", 3, "--threads", 1]
     assert command(*brief, "--no-record").code == 0
     assert not installed
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--stop", "--system"])
+def test_options_that_are_not_utf8(command: Command, pack: Path, option: str) -> None:
+    words = {"--prompt": "x", option: "caf\udce9"}  # what Python makes of other bytes
+    arguments = [word for pair in words.items() for word in pair]
+    line = command("generate", pack, *arguments, "--chat").error(2)
+    assert f"{option}: not a UTF-8 text" in line
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_conversation_that_is_not_utf8(
+    command: Command, pack: Path, errors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of the two standard input has goes by the locale."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    line = command("generate", pack, "--interactive", "--max-new-tokens", 2).error(2)
+    assert "standard input: not a UTF-8 text" in line
+
+
+def test_a_folder_whose_name_is_not_utf8(command: Command, pack: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pack, tmp_path / "caf\udce9")
+    line = command("generate", folder, "--prompt", "x").error(2)
+    assert "the folder's name is not UTF-8; rename it" in line
+    assert command("verify", folder).code == 0
+
+
+def test_a_stop_text_of_several_tokens(command: Command, pack: Path) -> None:
+    greedy = ["generate", pack, "--prompt", "And the", "--greedy", "--max-new-tokens", 12, "--json"]
+    whole = command(*greedy).json
+    text = whole["text"]
+    stop = text[len(text) // 3 : 2 * len(text) // 3]
+    ended = command(*greedy, "--stop", stop).json
+    tokenizer = AutoTokenizer.from_pretrained(pack)
+    assert len(tokenizer(stop)["input_ids"]) > 1
+    assert ended["new_tokens"] < whole["new_tokens"]
+    assert text.startswith(ended["text"])
+    assert stop in ended["text"]

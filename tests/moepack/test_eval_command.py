@@ -9,6 +9,7 @@ import pytest
 
 from moepack.cli import run
 from tests import families
+from tests.commands import Command
 from tests.packs import make_pack
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -43,6 +44,16 @@ def test_two_bits_diverge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert values["nats_per_token_above_source"] == pytest.approx(above)
     assert evaluate(tmp_path, TINY) == 0
     assert "top-1 agreement" in capsys.readouterr().out
+
+
+def test_one_window_has_no_interval(tmp_path: Path, command: Command) -> None:
+    make_pack(TINY, tmp_path, attn_bits=16, expert_bits=2)
+    few = ["eval", tmp_path, "--text", TEXT, "--max-tokens", 60, "--source", TINY]
+    shown = command(*few).out
+    assert "(59 tokens in one window: no interval)" in shown
+    assert "inf" not in shown
+    assert "±" not in shown
+    assert command(*few, "--json").json["kl_divergence_95"] is None
 
 
 def test_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from moepack.cli import run
 from moepack.convert.meta_model import build_meta_model
-from moepack.convert.sizing import Machine, best, recipes, sizes_of
-from moepack_formats.errors import UsageError
+from moepack.convert.sizing import RECIPES, Fit, Machine, best, lacking, recipes, sizes_of
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.loading import load_pack
 from moepack_runtime.residency import fixed_nbytes
 from tests import families
+from tests.commands import Command
 from tests.packs import make_pack
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-moe"
@@ -25,6 +25,12 @@ CONFIG: dict[str, Any] = json.loads((TINY / "config.json").read_text())
 
 def machine(ram: int, disk: int = 1 << 40) -> Machine:
     return Machine(0, ram, disk, memory_speed=40e9, disk_speed=1e9)
+
+
+def chosen_of(machine: Machine) -> Fit:
+    chosen = best(recipes(sizes_of(CONFIG), machine))
+    assert chosen is not None
+    return chosen
 
 
 @pytest.mark.parametrize("scheme", ["q2g64", "q3g16s5"])
@@ -63,24 +69,57 @@ def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None
 def test_more_memory_is_more_bits() -> None:
     sizes = sizes_of(CONFIG)
     rooms = (3_018_656, 3_618_656, 6_318_656)  # beside the trunk
-    chosen = [best(recipes(sizes, machine(sizes.trunk_ram_nbytes + room))) for room in rooms]
+    chosen = [chosen_of(machine(sizes.trunk_ram_nbytes + room)) for room in rooms]
     assert [one.resident for one in chosen] == [1, 1, 1]
     assert chosen[0].bits < chosen[1].bits < chosen[2].bits
     assert chosen[1].name.startswith("mixed")
 
 
 def test_too_little_memory_reads_from_the_disk() -> None:
-    found = best(recipes(sizes_of(CONFIG), machine(4_000_000)))
+    found = chosen_of(machine(4_000_000))
     assert found.name == "q2g64"
     assert 0 < found.resident < 1
     slow = Machine(0, 4_000_000, 1 << 40, memory_speed=40e9, disk_speed=1e7)
-    assert best(recipes(sizes_of(CONFIG), slow)).tokens_per_s < found.tokens_per_s
+    assert chosen_of(slow).tokens_per_s < found.tokens_per_s
 
 
-@pytest.mark.parametrize(("ram", "disk"), [(1 << 30, 1 << 20), (1 << 20, 1 << 40)])
-def test_nothing_fits(ram: int, disk: int) -> None:
-    with pytest.raises(UsageError, match="no recipe fits"):
-        best(recipes(sizes_of(CONFIG), machine(ram, disk)))
+@pytest.mark.parametrize(
+    ("ram", "disk", "what"),
+    [
+        (1 << 30, 1 << 20, ["disk"]),
+        (1 << 20, 1 << 40, ["memory"]),
+        (1 << 20, 1 << 20, ["memory", "disk"]),
+    ],
+)
+def test_nothing_fits(ram: int, disk: int, what: list[str]) -> None:
+    sizes, there = sizes_of(CONFIG), machine(ram, disk)
+    assert best(recipes(sizes, there)) is None
+    line = str(lacking(sizes, there))
+    assert [word in line for word in (" of memory", " of disk")] == [
+        word in what for word in ("memory", "disk")
+    ]
+
+
+def test_what_is_missing_on_a_gpu() -> None:
+    sizes = sizes_of(CONFIG)
+    there = Machine(sizes.trunk_nbytes, 1 << 30, 1 << 40, memory_speed=40e9, disk_speed=1e9)
+    assert best(recipes(sizes, there)) is None
+    assert "of GPU memory, got" in str(lacking(sizes, there))
+
+
+@pytest.mark.parametrize("budget", [("--ram", "1MiB"), ("--disk", "1MiB"), ("--vram", "1MiB")])
+def test_figures_where_nothing_fits(
+    tmp_path: Path, command: Command, budget: tuple[str, str]
+) -> None:
+    arguments = ["plan", TINY, "--folder", tmp_path, *budget]
+    result = command(*arguments)
+    assert "no recipe fits, not even q2g64 (wanted more than " in result.error(5)
+    assert "1.0 MiB" in result.err
+    assert [f" {name} " in result.out for name in RECIPES] == [True] * len(RECIPES)
+    assert "moepack convert" not in result.out
+    values = command(*arguments, "--json").json
+    assert values["recipe"] is None
+    assert values["recipes"][-1]["nbytes"] > 1 << 20
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])

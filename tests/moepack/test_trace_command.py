@@ -78,6 +78,31 @@ def test_simulate_a_budget(trace: Path, command: Command) -> None:
     assert [one["slots"] for one in results] == [7, 24]
 
 
+def test_simulate_a_budget_below_what_is_needed(trace: Path, pack: Path, command: Command) -> None:
+    info = read_trace(trace).info
+    least = info.fixed_nbytes + info.record_nbytes[0][0]
+    arguments = ["simulate", trace, "--policy", "lru", "--ram"]
+    assert command(*arguments, least, "--json").json["results"][0]["slots"] == 1
+    line = command(*arguments, f"1GiB,{least - 1}").error(5)
+    assert "not enough memory for the smallest working set" in line
+    need = line.split("--ram ")[1].split()[0]
+    assert command(*arguments, need).code == 0
+    # The same words as of a run.
+    run = command("generate", pack, "--prompt", "x", "--ram", 1000).error(5)
+    assert [words in run for words in ("not enough memory for the smallest", "; give --ram ")] == [
+        True,
+        True,
+    ]
+
+
+def test_what_is_named_twice_is_simulated_once(trace: Path, command: Command) -> None:
+    twice = ["--slots", "6,12,6", "--policy", "lru,lfu,lru"]
+    results = command("simulate", trace, *twice, "--json").json["results"]
+    assert [(one["policy"], one["slots"]) for one in results] == [
+        ("lru", 6), ("lfu", 6), ("lru", 12), ("lfu", 12)
+    ]  # fmt: skip
+
+
 def test_the_ways_to_simulate_differ(trace: Path, command: Command) -> None:
     ways: list[tuple[Any, ...]] = [
         (), ("--scope", "layer"), ("--prefetch",), ("--pin", trace)
@@ -181,6 +206,8 @@ def test_what_a_cache_bias_costs(pack: Path, command: Command) -> None:
     assert again["tokens"] == plain["tokens"] == 59
     text = command("eval", pack, *options, *half, "--cache-bias", 0.5).out
     assert [line.split()[0] for line in text.splitlines()] == ["cache", "perplexity", "cache", "it"]
+    assert "(59 tokens in one window: no interval)" in text
+    assert "inf" not in text
     both = command("eval", pack, *options, "--cache-bias", 0.5, "--source", pack)
     assert "one at a time" in both.error(2)
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack_formats.errors import UsageError
+from moepack_formats.errors import ResourceError, UsageError
 from moepack_runtime.early_routers import EarlyRouters
 from moepack_runtime.loading import load_pack, load_tokenizer
 from moepack_runtime.options import RuntimeOptions
@@ -167,7 +167,9 @@ def test_slots_of_a_budget() -> None:
     assert slots_of(one, slots=5) == {4096: 5}
     assert slots_of(one, slots=100) == {4096: 16}
     assert slots_of(one, ram=1000 + 5 * 4096 + 4095) == {4096: 5}
-    assert slots_of(one, ram=0) == {4096: 1}
+    assert slots_of(one, ram=1000 + 4096) == {4096: 1}
+    with pytest.raises(ResourceError, match="not enough memory for the smallest working set"):
+        slots_of(one, ram=1000 + 4095)
     two = _info(4096, 8192)
     shared = slots_of(two, slots=8)
     assert sum(nbytes * count for nbytes, count in shared.items()) <= 8 * 6144

@@ -140,7 +140,9 @@ def _not_reached(cause: BaseException, repo_id: str) -> UnreachableError | None:
 def _failed_here(cause: BaseException, repo_id: str) -> MoepackError:
     """This machine's disk, or the client itself."""
     if isinstance(cause, OSError):
-        return resource_error(cause, repo_id)
+        # In the Hub cache, mostly: "permission denied" alone would not tell where.
+        where = f"{repo_id}: {cause.filename}" if cause.filename else repo_id
+        return resource_error(cause, where)
     if _is_full_disk(cause):
         return resource_error(OSError(errno.ENOSPC, "no space"), repo_id)
     return NetworkError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moepack.convert.meta_model import build_meta_model
 from moepack_formats.errors import UsageError
 from moepack_formats.pack import Pack
 from tests import families
+from tests.commands import Command
 from tests.packs import make_pack
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -174,3 +176,32 @@ def test_options_that_do_not_fit(
     assert run(["convert", str(TINY), str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["convert", "dry run"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "too short (wanted two tokens, got 0)"), (b"a", "too short"), (b"\xff", "UTF-8")],
+)
+def test_a_text_of_no_use_is_refused_before_anything_is_written(
+    tmp_path: Path, command: Command, content: bytes, message: str, more: list[str]
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_bytes(content)
+    error = command("convert", TINY, out, "--calibrate", text, *more).error(2)
+    assert message in error
+    assert str(text) in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a pipe"])
+def test_a_text_that_is_no_regular_file(tmp_path: Path, command: Command, kind: str) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    if kind == "folder":
+        text.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer that never comes
+        text.symlink_to(tmp_path / "pipe")
+    text = text if kind != "pipe" else tmp_path / "pipe"
+    assert "not a regular file" in command("convert", TINY, out, "--calibrate", text).error(2)
+    assert not out.exists()

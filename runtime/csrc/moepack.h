@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 6
+#define MOEPACK_ABI 7
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -87,6 +87,7 @@ enum {
   MOEPACK_APPEND,    /* key a and value b to the cache `extra`, at its end; see moepack_tape_run */
   MOEPACK_ATTEND,    /* out[heads, width] from queries a[heads, width]; number heads, scalar scale */
   MOEPACK_EXPERTS,   /* out[H] = experts of a[H], indices b int64 [K], weights c[K]; extra: see below */
+  MOEPACK_ATTEND_LATENT, /* the same over latents; extra: moepack_latent */
   MOEPACK_STEPS
 };
 
@@ -107,6 +108,17 @@ typedef struct {
   int64_t heads, key_width, value_width, capacity, end;
   int32_t half;
 } moepack_kv;
+
+/* Attention whose cache holds one latent (as `keys` of one head) and one rotary key (as `values`) a
+ * token. A key of `width` has at plain_at key_weights[head] ^T latent and at rotary_at the rotary
+ * key; a value is value_weights[head] ^T latent. Weights are [heads, latent, plain] and [heads,
+ * latent, value_width], float32 or, with `half`, float16. */
+typedef struct {
+  const moepack_kv* kv;
+  const void *key_weights, *value_weights;
+  int64_t width, plain_at, plain, rotary_at, value_width;
+  int32_t half;
+} moepack_latent;
 
 /* The experts of one layer. A record that is NULL is not at hand: its step is the caller's. */
 typedef struct {

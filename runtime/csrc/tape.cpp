@@ -199,6 +199,41 @@ void attend(const moepack_step& s, int32_t threads) {
   });
 }
 
+// See moepack_latent: the query goes to the latents, and the sum of latents becomes a value.
+void attend_latent(const moepack_step& s, int32_t threads) {
+  const moepack_latent& by = *static_cast<const moepack_latent*>(s.extra);
+  const moepack_kv& kv = *by.kv;
+  int64_t latent = kv.key_width, count = kv.end + 1;
+  float scale = static_cast<float>(s.scalar[0]);
+  const Kernels& k = kernels();
+  auto dots = [&](const float* x, const void* rows, int64_t at, bool half, int64_t width, int64_t n,
+                  float* out) {
+    if (half) k.dots_half(x, static_cast<const uint16_t*>(rows) + at, width, n, out);
+    else k.dots(x, static_cast<const float*>(rows) + at, width, n, out);
+  };
+  auto sum = [&](const float* weights, const void* rows, int64_t at, bool half, int64_t width,
+                 int64_t n, float* out) {
+    if (half) k.weighted_sum_half(weights, static_cast<const uint16_t*>(rows) + at, width, n, out);
+    else k.weighted_sum(weights, static_cast<const float*>(rows) + at, width, n, out);
+  };
+  for_chunks(threads, s.number[0], [&](int64_t h) {
+    static thread_local std::vector<float> query, mixed, scores, turned;
+    query.resize(static_cast<size_t>(by.width)), mixed.resize(static_cast<size_t>(latent));
+    scores.resize(static_cast<size_t>(count)), turned.resize(static_cast<size_t>(count));
+    const float* q = floats(s, 1) + h * s.stride[1][0];
+    for (int64_t i = 0; i < by.width; ++i) query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
+    dots(query.data() + by.plain_at, by.key_weights, h * latent * by.plain, by.half, by.plain,
+         latent, mixed.data());
+    dots(mixed.data(), kv.keys, 0, kv.half, latent, count, scores.data());
+    dots(query.data() + by.rotary_at, kv.values, 0, kv.half, kv.value_width, count, turned.data());
+    for (size_t t = 0; t < scores.size(); ++t) scores[t] = (scores[t] + turned[t]) * scale;
+    k.softmax(scores.data(), count, scores.data());
+    sum(scores.data(), kv.keys, 0, kv.half, latent, count, mixed.data());
+    sum(mixed.data(), by.value_weights, h * latent * by.value_width, by.half, by.value_width,
+        latent, floats(s, 0) + h * s.stride[0][0]);
+  });
+}
+
 // False where a chosen record is not at hand. Places beyond the experts hold none.
 bool experts(const moepack_step& s, int32_t mode, int32_t threads) {
   moepack_experts_layer& layer = *static_cast<moepack_experts_layer*>(s.extra);
@@ -252,6 +287,7 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
     case MOEPACK_EMBED: return embed(s);
     case MOEPACK_APPEND: return append(s);
     case MOEPACK_ATTEND: return attend(s, threads), true;
+    case MOEPACK_ATTEND_LATENT: return attend_latent(s, threads), true;
     case MOEPACK_EXPERTS: return experts(s, mode, threads);
     default: return false;
   }

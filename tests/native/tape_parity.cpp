@@ -120,14 +120,78 @@ void attention(const char* isa, int64_t width, int64_t tokens, int64_t window, b
   }
 }
 
+// Of a positive finite half.
+float half_value(int bits) {
+  int exponent = bits >> 10, fraction = bits & 0x3FF;
+  return exponent == 0 ? std::ldexp(float(fraction), -24)
+                       : std::ldexp(float(1024 + fraction), exponent - 25);
+}
+
+// Latents against attention over the keys and values that they stand for.
+void latent_attention(const char* isa, int64_t tokens, bool half) {
+  constexpr int64_t heads = 3, rank = 40, plain = 24, rotary = 8, width = plain + rotary, value = 20;
+  auto numbers = [&](int64_t count) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(count * (half ? 2 : 4)));
+    for (uint8_t& b : bytes) b = static_cast<uint8_t>(generator() % 0x3C);
+    auto floats = random_floats(count);
+    if (!half) std::memcpy(bytes.data(), floats.data(), bytes.size());
+    return bytes;
+  };
+  auto latents = numbers(tokens * rank), turned = numbers(tokens * rotary);
+  auto key_weights = numbers(heads * rank * plain), value_weights = numbers(heads * rank * value);
+  auto query = random_floats(heads * width);
+  moepack_kv kv{latents.data(), turned.data(), 1, rank, rotary, tokens, tokens - 1, half};
+  // The rotary part first, which is as well.
+  moepack_latent by{&kv,    key_weights.data(), value_weights.data(), width, rotary,
+                    plain, 0,                  value,                half};
+  std::vector<float> out(static_cast<size_t>(heads * value));
+  moepack_step step{};
+  step.op = MOEPACK_ATTEND_LATENT, step.extra = &by;
+  step.data[0] = out.data(), step.data[1] = query.data();
+  step.stride[0][0] = value, step.stride[1][0] = width, step.stride[1][1] = 1;
+  step.number[0] = heads, step.scalar[0] = 0.1;
+  tape_step(isa, "attention over latents", step, out, 1e-5);
+
+  auto floats = [&](const std::vector<uint8_t>& bytes) {
+    size_t each = half ? 2 : 4;
+    std::vector<float> all(bytes.size() / each);
+    for (size_t i = 0; i < all.size(); ++i) {
+      uint16_t h;
+      std::memcpy(half ? static_cast<void*>(&h) : &all[i], bytes.data() + i * each, each);
+      if (half) all[i] = half_value(h);
+    }
+    return all;
+  };
+  auto l = floats(latents), r = floats(turned), a = floats(key_weights), c = floats(value_weights);
+  std::vector<float> wanted;
+  for (int64_t h = 0; h < heads; ++h) {
+    std::vector<double> weights;
+    double all = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      double score = 0;
+      for (int64_t i = 0; i < rotary; ++i) score += query[h * width + i] * r[t * rotary + i];
+      for (int64_t i = 0; i < plain; ++i)
+        for (int64_t j = 0; j < rank; ++j)
+          score += double{query[h * width + rotary + i]} * a[(h * rank + j) * plain + i] *
+                   l[t * rank + j];
+      weights.push_back(std::exp(0.1 * score)), all += weights.back();
+    }
+    for (int64_t v = 0; v < value; ++v) {
+      double sum = 0;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < rank; ++j)
+          sum += weights[t] / all * c[(h * rank + j) * value + v] * l[t * rank + j];
+      wanted.push_back(static_cast<float>(sum));
+    }
+  }
+  auto got = with_isa(isa, [&] { return play(&step, 0, 1, MOEPACK_FLOAT, 2), out; });
+  check(close(got, wanted, 1e-4), isa, "attention over latents, by definition", half);
+}
+
 // Against the definition: the nearest of all halves, the even one of two as near.
 void halves(const char* isa) {
   std::vector<float> all(0x7C00);
-  for (int bits = 0; bits < 0x7C00; ++bits) {
-    int exponent = bits >> 10, fraction = bits & 0x3FF;
-    all[static_cast<size_t>(bits)] = exponent == 0 ? std::ldexp(float(fraction), -24)
-                                                   : std::ldexp(float(1024 + fraction), exponent - 25);
-  }
+  for (int bits = 0; bits < 0x7C00; ++bits) all[static_cast<size_t>(bits)] = half_value(bits);
   std::vector<float> from;
   std::vector<uint16_t> wanted;
   for (size_t i = 0; i + 1 < all.size(); ++i) {
@@ -256,6 +320,8 @@ void tape(const char* isa) {
     for (int64_t tokens : {1, 19})
       for (bool sinks : {false, true})
         for (bool half : {false, true}) attention(isa, width, tokens, sinks ? 6 : 0, sinks, half);
+  for (int64_t tokens : {1, 37})
+    for (bool half : {false, true}) latent_attention(isa, tokens, half);
   halves(isa);
   loops(isa);
   topk(isa);

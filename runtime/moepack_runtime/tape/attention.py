@@ -22,6 +22,8 @@ NAME = "moepack_tape"
 _recorder: Recorder | None = None
 _given: list[tuple[GrowingLayer, Tensor, Tensor]] = []
 """Layers of the cache, and the keys and values that each has handed out in this pass."""
+_expanded: list[tuple[GrowingLayer, Tensor, Tensor, nn.Module]] = []
+"""Those whose keys and values are latents; what a module has made of these for its heads."""
 
 
 @contextmanager
@@ -33,20 +35,26 @@ def recorded_attention(
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     names = [(config, config._attn_implementation) for config in configs.values()]
+    expanding = [m for m in model.modules() if callable(getattr(m, "expand_kv", None))]
     _recorder = recorder
     try:
         for config, _ in names:
             config._attn_implementation_internal = NAME
         for layer in layers:
             _watch(layer, recorder)
+        for module in expanding:
+            _watch_expansion(module, recorder)
         yield
     finally:
         for config, name in names:
             config._attn_implementation_internal = name
         for layer in layers:
             vars(layer).pop("update", None)
+        for module in expanding:
+            vars(module).pop("expand_kv", None)
         _recorder = None
         _given.clear()
+        _expanded.clear()
 
 
 def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
@@ -67,6 +75,23 @@ def _watch(layer: GrowingLayer, recorder: Recorder) -> None:
     vars(layer)["update"] = watched
 
 
+def _watch_expansion(module: Any, recorder: Recorder) -> None:
+    expand_kv = module.expand_kv
+
+    def watched(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        layer = _layer_of(latents, rotary)
+        keys, values = recorder.unrecorded(lambda: expand_kv(latents, rotary))
+        if layer is not None:
+            _expanded.append((layer, keys, values, module))
+        return keys, values
+
+    module.expand_kv = watched
+
+
+def _layer_of(keys: Tensor, values: Tensor) -> GrowingLayer | None:
+    return next((layer for layer, k, v in _given if k is keys and v is values), None)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -83,17 +108,22 @@ def _attend(
     recorder = _recorder
     if recorder is None:
         raise CannotRecord("attention was called outside of a recording")
-    layer = next((a for a, keys, values in _given if keys is key and values is value), None)
+    layer, module_of_latents = _layer_of(key, value), None
+    if layer is None:
+        found = [(a, m) for a, keys, values, m in _expanded if keys is key and values is value]
+        layer, module_of_latents = found[0] if found else (None, None)
     if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is not None:
         raise CannotRecord("attention reads something else than the cache")
     if isinstance(layer, GrowingWindowLayer) and sliding_window != layer.sliding_window:
         raise CannotRecord("attention has a window of another kind")
     window = sliding_window or 0
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if module_of_latents is not None and (window or softcap or s_aux is not None):
+        raise CannotRecord("attention over latents has a window, a cap or sinks")
     inputs = (query,) if s_aux is None else (query, s_aux)
     return (
         recorder.opaque(
-            Opaque("attend", layer, (scale, softcap or 0.0, window)),
+            Opaque("attend", layer, (scale, softcap or 0.0, window, module_of_latents)),
             inputs,
             lambda: _reference(
                 query, key[:, :, -window:], value[:, :, -window:], scale, softcap, s_aux

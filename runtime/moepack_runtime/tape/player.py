@@ -17,6 +17,7 @@ from ..kernels import native
 from ..kernels.native_engine import NativeEngine
 from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .kv import GrowingLayer
+from .latent import read_off
 from .lower import Call, embedding_step, lower
 from .pool import compact
 from .profile import Profile
@@ -217,13 +218,21 @@ class Player:
         query, out = step.arguments[0], step.results[0]
         if not is_floats(query, out):
             raise CannotRecord("queries are not float32")
-        found = NativeStep(op=Op.ATTEND)
-        found.extra = ctypes.addressof(self._kv[id(what.subject)])
+        kv, expands = self._kv[id(what.subject)], what.numbers[3]
+        found = NativeStep(op=Op.ATTEND if expands is None else Op.ATTEND_LATENT)
+        found.extra = ctypes.addressof(kv)
         found.data[:2] = (out.data_ptr(), query.data_ptr())
         found.stride[0][0] = out.shape[-1]
         found.stride[1][:2] = (query.stride(1), query.stride(3))
         found.number[:2] = (query.shape[1], int(what.numbers[2]))
         found.scalar[:] = what.numbers[:2]
+        if expands is not None:
+            buffers = what.subject.buffers
+            rank, rotary = buffers.keys.shape[3], buffers.values.shape[3]
+            expansion = read_off(expands, rank, rotary, half=what.subject.half)
+            native_form = expansion.step(kv)
+            self._alive += [expansion, native_form]
+            found.extra = ctypes.addressof(native_form)
         if len(step.arguments) > 1:
             sinks = step.arguments[1]
             if not is_floats(sinks) or sinks.numel() != query.shape[1]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..kernels.native_interface import ExpertsLayer
-from .steps import Kv, NativeStep, Op
+from .steps import Kv, Latent, NativeStep, Op
 
 _NAMES = {
     Op.PACKED: "packed matrices",
     Op.EXPERTS: "experts",
     Op.APPEND: "attention",
     Op.ATTEND: "attention",
+    Op.ATTEND_LATENT: "attention",
     Op.PYTHON: "steps in Python",
 }
 _HEAD, _REST, _AROUND = "head", "norms, routers and the like", "around the steps"
@@ -72,10 +73,18 @@ class Profile:
             return int(step.number[1])
         if step.op == Op.EXPERTS:
             return int(ExpertsLayer.from_address(step.extra).chosen * self.record_nbytes)
+        if step.op == Op.ATTEND_LATENT:
+            latent = Latent.from_address(step.extra)
+            kv = Kv.from_address(latent.kv)
+            return _cached_nbytes(kv) + latent.weights_nbytes(int(step.number[0]), kv.key_width)
         if step.op == Op.ATTEND:
             kv = Kv.from_address(step.extra)
-            window, tokens = int(step.number[1]), kv.end + 1
-            if window > 0:
-                tokens = min(tokens, window)
-            return int(kv.heads * tokens * (kv.key_width + kv.value_width) * (2 if kv.half else 4))
+            return _cached_nbytes(kv, window=int(step.number[1]))
         return 0
+
+
+def _cached_nbytes(kv: Kv, window: int = 0) -> int:
+    tokens = kv.end + 1
+    if window > 0:
+        tokens = min(tokens, window)
+    return int(kv.heads * tokens * (kv.key_width + kv.value_width) * (2 if kv.half else 4))

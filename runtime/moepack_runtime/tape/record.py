@@ -82,15 +82,19 @@ class Recorder(TorchDispatchMode):
             self.steps.append(Step(func, args, kwargs, results))
         return result
 
+    def unrecorded(self, run: Callable[[], Any]) -> Any:
+        """Run something that leaves no steps."""
+        before, self._paused = self._paused, True
+        try:
+            return run()
+        finally:
+            self._paused = before
+
     def opaque(self, what: Opaque, inputs: tuple[Tensor, ...], run: Callable[[], Tensor]) -> Tensor:
         """Run something and record it as one step, whatever operations it consists of."""
         if self._paused:
             return run()
-        self._paused = True
-        try:
-            result = run()
-        finally:
-            self._paused = False
+        result: Tensor = self.unrecorded(run)
         self.steps.append(Step(what, inputs, {}, (result,)))
         return result
 

@@ -28,6 +28,7 @@ class Op(IntEnum):
     APPEND = 9
     ATTEND = 10
     EXPERTS = 11
+    ATTEND_LATENT = 12
 
 
 UNARY = [
@@ -70,6 +71,26 @@ class Kv(ctypes.Structure):
         ("end", ctypes.c_int64),
         ("half", ctypes.c_int32),
     )
+
+
+class Latent(ctypes.Structure):
+    """``moepack_latent``: how latents become the keys and values of heads."""
+
+    _fields_ = (
+        ("kv", ctypes.c_void_p),
+        ("key_weights", ctypes.c_void_p),
+        ("value_weights", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("plain_at", ctypes.c_int64),
+        ("plain", ctypes.c_int64),
+        ("rotary_at", ctypes.c_int64),
+        ("value_width", ctypes.c_int64),
+        ("half", ctypes.c_int32),
+    )
+
+    def weights_nbytes(self, heads: int, latent: int) -> int:
+        """What a token reads of the weights."""
+        return int(heads * latent * (self.plain + self.value_width) * (2 if self.half else 4))
 
 
 def is_floats(*tensors: Tensor) -> bool:

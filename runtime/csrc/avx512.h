@@ -13,7 +13,7 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int kTokens = 4, kByteTokens = 4;
-  static constexpr bool kExpands = true;
+  static constexpr bool kExpands = false;
   template <Scheme> static constexpr int own_cols() { return 0; }
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -128,13 +128,15 @@ class Inputs {
     int32_t level_base[4];
     Row row{nullptr, nullptr, q, step, &sum64, qsum16, qlevel, level_base};
     kernels().quantize_block(x, count, row, 0);
+    bool pairs = kernels().panel_pairs;
     for (int64_t half = 0; half < 2; ++half) {
       int64_t at = (2 * block + half) * panel_.tokens + token;
       std::memcpy(panel_.q + at * kStepCols, q + half * kStepCols, kStepCols);
       panel_.step[at] = step[half];
       for (int64_t g = 0; g < 2 && panel_.offset; ++g)
         std::memcpy(panel_.offset + (2 * (2 * block + half) + g) * panel_.tokens + token,
-                    qlevel + 4 * half + 2 * g, sizeof *panel_.offset);
+                    pairs ? static_cast<void*>(qlevel + 4 * half + 2 * g) : level_base + 2 * half + g,
+                    sizeof *panel_.offset);
     }
     if (panel_.offset) return;
     constexpr int64_t blocks = kSuperCols / kBlockCols;

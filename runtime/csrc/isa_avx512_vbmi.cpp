@@ -1,5 +1,6 @@
 // AVX-512 with VNNI and VBMI (Ice Lake and Zen 4 onwards).
 #include "blocks_avx512.h"
+#include "panel_avx512.h"
 
 namespace moepack {
 namespace {
@@ -23,6 +24,6 @@ bool supported() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbm
 
 }  // namespace
 
-extern constexpr Kernels kAvx512Vbmi = make_kernels<Avx512Vbmi>("avx512_vbmi", supported);
+extern constexpr Kernels kAvx512Vbmi = make_avx512<Avx512Vbmi>("avx512_vbmi", supported);
 
 }  // namespace moepack

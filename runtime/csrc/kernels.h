@@ -30,7 +30,8 @@ struct Panel {
   int8_t* q;     // [C / 32][T][32]
   float* step;   // [C / 32][T]
   float* sums;   // [C / 256][T][256 / G] sums of q * step over G inputs, for schemes with minima
-  // [C / 16][T] for schemes of levels: two of Row::qlevel, which an instruction subtracts at once
+  // [C / 16][T] for schemes of levels: Row::level_base, or with Kernels::panel_pairs two of Row::qlevel,
+  // which an instruction subtracts at once
   int32_t* offset;
   int64_t tokens, group;
 };
@@ -52,6 +53,7 @@ struct Kernels {
   TileFn tile[kSchemes][2][3];
   // For many tokens at int8 activations, where an instruction set has it.
   PanelFn panel_tile[kSchemes];
+  bool panel_pairs;  // see Panel::offset
   // And where it has not: a tile with a byte for each code, and walks over that. NULL where codes are
   // bytes anyway. A code block has 1024 bytes then.
   void (*expand_tile[kSchemes])(const uint8_t* tile, int64_t blocks, uint8_t* out);

@@ -138,6 +138,7 @@ MIXTURES = {
     "mixed 2.6": (2.6, "gptq"),
     "mixed 3.0": (3.0, "gptq"),
     "mixed 2.6 uncalibrated": (2.6, "hqq"),
+    "mixed 2.625 uncalibrated": (2.625, "hqq"),  # Q2_K's bits
     "mixed 2.7 uncalibrated": (2.7, "hqq"),
 }
 
@@ -165,6 +166,7 @@ class Bench:
         self.calibration = Calibration(folder)
         print(self.calibration.report(), file=sys.stderr)
         self.expected = list(self.run(None))
+        self.losses: dict[str, mixed.Losses] = {}
 
     def run(self, experts: Callable[[int, int, Parts], Parts] | None) -> Iterator[Tensor]:
         """Logits ``[1, T, V]`` of each window."""
@@ -174,12 +176,14 @@ class Bench:
     def mixed(self, name: str, bits: float, quantizer: str) -> Variant:
         """A mixture of schemes of at most so many bits, chosen with the calibration or without."""
         calibrated = quantizer == "gptq"
-        found = mixed.measure(self.mapping, self.calibration if calibrated else None, quantizer)
+        if quantizer not in self.losses:  # all mixtures are chosen from the same
+            known = self.calibration if calibrated else None
+            self.losses[quantizer] = mixed.measure(self.mapping, known, quantizer)
         adapters = self.mapping.adapters
         weights = sum(
             (2 + a.gated) * a.hidden_size * a.intermediate_size * a.num_experts for a in adapters
         )
-        layers = mixed.mix(adapters, found, int(bits * weights / 8))
+        layers = mixed.mix(adapters, self.losses[quantizer], int(bits * weights / 8))
         print(layers.line, file=sys.stderr)
         chosen = get_quantizer(quantizer)
 

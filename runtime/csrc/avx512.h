@@ -99,6 +99,11 @@ struct Avx512 {
   }
 };
 
+// The low halves of 32 bits from both, as the halves of 32 bits.
+MOEPACK_INLINE __m512i pair_16(__m512i low, __m512i high) {
+  return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_slli_epi32(high, 16));
+}
+
 inline bool has_avx512_vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

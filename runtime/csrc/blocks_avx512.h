@@ -10,26 +10,14 @@
 namespace moepack {
 namespace {
 
-// Loads are as scarce as slots; the barrier keeps a compiler from loading again for each use.
-MOEPACK_INLINE __m512i load_512(const uint8_t* p) {
-  __m512i v = _mm512_loadu_si512(p);
-  asm("" : "+v"(v));
-  return v;
-}
 MOEPACK_INLINE __m512i broadcast_32(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
-template <int MASK> MOEPACK_INLINE __m512i bits(__m512i v) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(MASK));
-}
 // Bits of `a` where MASK has them, of `b` elsewhere.
 template <int MASK> MOEPACK_INLINE __m512i select(__m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(MASK), a, b, 0xCA);
-}
-MOEPACK_INLINE __m512i multiply_add(__m512i sum, __m512i codes, const int8_t* x) {
-  return _mm512_dpbusd_epi32(sum, codes, broadcast_32(x));
 }
 
 // Values at the lower six bits of an index.
@@ -85,10 +73,6 @@ MOEPACK_INLINE __m256i load_256(const uint8_t* p) {
 MOEPACK_INLINE __m256i load_128(const uint8_t* p) {
   return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-// The 16-bit sums of two groups as halves of 32 bits.
-MOEPACK_INLINE __m512i pair(__m512i first, __m512i second) {
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, first, _mm512_slli_epi32(second, 16));
-}
 
 // What is weighed with scales goes to `high`, the minima times the sums of the inputs to `base`, each of
 // the two steps of a block. Four chains of sums go side by side: what waits for another sum fills
@@ -101,22 +85,22 @@ template <int N> struct Block<Q2G16S4, N> {
                                  const Row* rows, int64_t col, __m512i (*high)[N],
                                  __m512i (*base)[N]) {
     __m512i zero = _mm512_setzero_si512(), codes[4], sum[4][N];
-    for (int g = 0; g < 4; ++g) codes[g] = load_512(w + 64 * g);
+    for (int g = 0; g < 4; ++g) codes[g] = Avx512::load(w + 64 * g);
     prefetch_lines<4>(w);
     auto add = [&](int g, int quad, __m512i c) MOEPACK_LAMBDA {
       const int64_t at = col + 16 * g + 4 * quad;
       for (int n = 0; n < N; ++n)
-        sum[g][n] = multiply_add(quad == 0 ? zero : sum[g][n], c, rows[n].q + at);
+        sum[g][n] = Avx512::dot(quad == 0 ? zero : sum[g][n], c, rows[n].q + at);
     };
-    for (int g = 0; g < 4; ++g) add(g, 0, bits<3>(codes[g]));
+    for (int g = 0; g < 4; ++g) add(g, 0, Avx512::field<0, 3>(codes[g]));
     for (int g = 0; g < 4; ++g) add(g, 1, kSecondOfFour(codes[g]));
     for (int g = 0; g < 4; ++g) add(g, 2, kThirdOfFour(codes[g]));
-    for (int g = 0; g < 4; ++g) add(g, 3, bits<3>(_mm512_srli_epi16(codes[g], 6)));
+    for (int g = 0; g < 4; ++g) add(g, 3, Avx512::field<6, 3>(codes[g]));
     for (int h = 0; h < 2; ++h) {
       __m512i small = spread(load_256(metadata + 32 * h), kTileRows);
-      __m512i scales = bits<15>(small), minima = _mm512_srli_epi16(small, 4);
+      __m512i scales = Avx512::field<0, 15>(small), minima = _mm512_srli_epi16(small, 4);
       for (int n = 0; n < N; ++n) {
-        high[h][n] = _mm512_dpwssd_epi32(zero, scales, pair(sum[2 * h][n], sum[2 * h + 1][n]));
+        high[h][n] = _mm512_dpwssd_epi32(zero, scales, pair_16(sum[2 * h][n], sum[2 * h + 1][n]));
         base[h][n] =
             _mm512_dpwssd_epi32(zero, minima, broadcast_32(rows[n].qsum16 + col / 16 + 2 * h));
       }
@@ -131,12 +115,12 @@ MOEPACK_INLINE void add_three_bits(const uint8_t* w, const Row* rows, int64_t co
   using Codes = ThreeBits<LEVELS>;
   __m512i v[2][3];
   for (int h = 0; h < 2; ++h)
-    for (int i = 0; i < 3; ++i) v[h][i] = load_512(w + 192 * h + 64 * i);
+    for (int i = 0; i < 3; ++i) v[h][i] = Avx512::load(w + 192 * h + 64 * i);
   prefetch_lines<6>(w);
   auto add = [&](int h, int quad, __m512i c) MOEPACK_LAMBDA {
     int g = 2 * h + quad / 4;
     for (int n = 0; n < N; ++n)
-      sum[g][n] = multiply_add(sum[g][n], c, rows[n].q + col + 32 * h + 4 * quad);
+      sum[g][n] = Avx512::dot(sum[g][n], c, rows[n].q + col + 32 * h + 4 * quad);
   };
   for (int h = 0; h < 2; ++h) add(h, 0, Codes::first(v[h][0])), add(h, 4, Codes::first(v[h][2]));
   for (int h = 0; h < 2; ++h) add(h, 1, Codes::second(v[h][0])), add(h, 5, Codes::second(v[h][2]));

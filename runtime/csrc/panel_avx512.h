@@ -38,11 +38,6 @@ struct alignas(64) Super {
   __m512 outer, outer_low;                   // of small scales and minima
 };
 
-// The low halves of 32 bits from both.
-MOEPACK_INLINE __m512i pair_16(__m512i low, __m512i high) {
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_slli_epi32(high, 16));
-}
-
 // What a panel holds from a token and a super-block on. The next step's q and step lie `tokens` further,
 // offset twice that.
 struct Tokens {

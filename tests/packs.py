@@ -16,6 +16,7 @@ from moepack.convert.run import convert
 from moepack_formats.manifest import Manifest
 from moepack_runtime.kernels.reference import decode_projection
 from moepack_runtime.packed_modules import PackedEmbedding, PackedLinear
+from tests import families
 
 
 class Silent:
@@ -48,6 +49,14 @@ def make_pack(source: Path, out: Path, *, force: bool = False, **options: Any) -
         return manifest
     finally:
         checkpoint.close()
+
+
+def make_family_pack(family: str, folder: Path, **options: Any) -> Path:
+    """A pack of a random model of a family, ``folder / "pack"``, without regard to quality."""
+    families.save_checkpoint(families.random_model(family), folder / "source")
+    options = {"attn_bits": 4, "expert_bits": 3, "quantizer": "rtn", **options}
+    make_pack(folder / "source", folder / "pack", **options)
+    return folder / "pack"
 
 
 def with_weights_of_pack(stock: PreTrainedModel, packed: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from moepack_runtime.loading import load_pack
 from moepack_runtime.tape.kv import GrowingLayer
 from moepack_runtime.tape.steps import UNARY, Op, elementwise, loops
 from tests import families
-from tests.packs import make_pack
+from tests.packs import make_family_pack
 
 NOT_PLAYED = {"jamba", "lfm2_moe", "llama4_text", "nemotron_h", "qwen3_next"}
 """Their caches hold more than keys and values, or their attention reads something else."""
@@ -23,17 +23,9 @@ NOT_PLAYED = {"jamba", "lfm2_moe", "llama4_text", "nemotron_h", "qwen3_next"}
 IDS = families.tokens(batch=1, length=14)
 
 
-def convert(family: str, folder: Path, **options: Any) -> Path:
-    model = families.random_model(family)
-    families.save_checkpoint(model, folder / "source")
-    options = {"attn_bits": 4, "expert_bits": 3, "quantizer": "rtn", **options}
-    make_pack(folder / "source", folder / "pack", **options)
-    return folder / "pack"
-
-
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert("olmoe", tmp_path_factory.mktemp("olmoe"))
+    return make_family_pack("olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
 def decode(model: PreTrainedModel, ids: torch.Tensor, start: int = 4) -> list[torch.Tensor]:
@@ -55,7 +47,7 @@ def assert_same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
 def test_every_family(family: str, tmp_path: Path) -> None:
-    folder = convert(family, tmp_path)
+    folder = make_family_pack(family, tmp_path)
     wanted = decode(load_pack(folder, activations="float", tape=False), IDS)
     model = load_pack(folder, activations="float")
     assert_same(decode(model, IDS), wanted)
@@ -148,7 +140,7 @@ def test_a_cache_lives_no_longer_than_its_owner_wants(pack: Path) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
 def test_guesses_are_as_good_as_without(family: str, tmp_path: Path) -> None:
     """Routers are asked about what the token that is played reads, not about what is left over."""
-    folder, recalls = convert(family, tmp_path), []
+    folder, recalls = make_family_pack(family, tmp_path), []
     for tape in (False, True):
         model = load_pack(folder, activations="float", tape=tape, io="buffered", slots=4)
         decode(model, IDS, 2)
@@ -223,7 +215,7 @@ def test_a_token_that_is_not_of_the_vocabulary(
     head_bits: int, recorded: bool, pack: Path, tmp_path: Path
 ) -> None:
     """As stock torch's embedding, whether tokens are played or not; what follows is unharmed."""
-    folder = pack if head_bits == 16 else convert("olmoe", tmp_path, head_bits=head_bits)
+    folder = pack if head_bits == 16 else make_family_pack("olmoe", tmp_path, head_bits=head_bits)
     model = load_pack(folder)
     embedding = model.get_input_embeddings()
     rows = embedding.num_embeddings

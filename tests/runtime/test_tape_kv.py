@@ -16,7 +16,7 @@ from moepack_runtime.tape import forward
 from moepack_runtime.tape.caches import take_over
 from moepack_runtime.tape.kv import GrowingLayer
 from tests import families
-from tests.packs import make_pack
+from tests.packs import make_family_pack
 
 IDS = families.tokens(batch=1, length=14)
 
@@ -25,10 +25,7 @@ needs_native = pytest.mark.skipif(native.available() is None, reason=native.why_
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    families.save_checkpoint(families.random_model("olmoe"), folder / "source")
-    make_pack(folder / "source", folder / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    return folder / "pack"
+    return make_family_pack("olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
 def step(model: Any, cache: Any, begin: int, end: int) -> Any:

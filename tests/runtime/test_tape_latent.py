@@ -14,7 +14,7 @@ from moepack_runtime.loading import load_pack
 from moepack_runtime.tape.latent import read_off
 from moepack_runtime.tape.record import CannotRecord
 from tests import families
-from tests.packs import make_pack
+from tests.packs import make_family_pack
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "longcat_flash")
 IDS = families.tokens(batch=1, length=40)
@@ -84,11 +84,10 @@ def logits(model: Any, start: int) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_are_attended_to(family: str, tmp_path: Path) -> None:
     """Also where the cache grows beyond its buffers, and with weights in float16."""
-    families.save_checkpoint(families.random_model(family), tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    pack = make_family_pack(family, tmp_path)
 
     def played(tape: bool, **options: Any) -> Tensor:
-        model = load_pack(tmp_path / "pack", tape=tape, **options)
+        model = load_pack(pack, tape=tape, **options)
         got = logits(model, 3)
         assert not tape or model.moepack.tape.playing
         return got
@@ -104,11 +103,10 @@ def test_latents_are_attended_to(family: str, tmp_path: Path) -> None:
 @needs_native
 def test_a_conversation_goes_on(tmp_path: Path) -> None:
     """Played tokens, several at once by transformers' own code, and played ones again."""
-    families.save_checkpoint(families.random_model("deepseek_v3"), tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    pack = make_family_pack("deepseek_v3", tmp_path)
     found = []
     for tape in (False, True):
-        model = load_pack(tmp_path / "pack", activations="float", tape=tape)
+        model = load_pack(pack, activations="float", tape=tape)
         with torch.no_grad():
             cache, outputs = None, []
             for begin, end in ((0, 6), (6, 7), (7, 8), (8, 20), (20, 21), (21, 22)):

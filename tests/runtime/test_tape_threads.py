@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
 from tests import families
-from tests.packs import make_pack
+from tests.packs import make_family_pack
 
 IDS = families.tokens(batch=1, length=6)
 
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.skipif(native.available() is None, reason=native.why_no
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("olmoe")
-    families.save_checkpoint(families.random_model("olmoe"), folder / "source")
-    make_pack(folder / "source", folder / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    return folder / "pack"
+    return make_family_pack("olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
 @pytest.fixture

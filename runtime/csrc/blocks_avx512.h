@@ -10,6 +10,12 @@
 namespace moepack {
 namespace {
 
+// The barrier keeps a compiler from loading again for each use, which costs 2 to 5 % in the second cache.
+MOEPACK_INLINE __m512i load_once(const uint8_t* p) {
+  __m512i v = Avx512::load(p);
+  asm("" : "+v"(v));
+  return v;
+}
 MOEPACK_INLINE __m512i broadcast_32(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
@@ -85,7 +91,7 @@ template <int N> struct Block<Q2G16S4, N> {
                                  const Row* rows, int64_t col, __m512i (*high)[N],
                                  __m512i (*base)[N]) {
     __m512i zero = _mm512_setzero_si512(), codes[4], sum[4][N];
-    for (int g = 0; g < 4; ++g) codes[g] = Avx512::load(w + 64 * g);
+    for (int g = 0; g < 4; ++g) codes[g] = load_once(w + 64 * g);
     prefetch_lines<4>(w);
     auto add = [&](int g, int quad, __m512i c) MOEPACK_LAMBDA {
       const int64_t at = col + 16 * g + 4 * quad;
@@ -115,7 +121,7 @@ MOEPACK_INLINE void add_three_bits(const uint8_t* w, const Row* rows, int64_t co
   using Codes = ThreeBits<LEVELS>;
   __m512i v[2][3];
   for (int h = 0; h < 2; ++h)
-    for (int i = 0; i < 3; ++i) v[h][i] = Avx512::load(w + 192 * h + 64 * i);
+    for (int i = 0; i < 3; ++i) v[h][i] = load_once(w + 192 * h + 64 * i);
   prefetch_lines<6>(w);
   auto add = [&](int h, int quad, __m512i c) MOEPACK_LAMBDA {
     int g = 2 * h + quad / 4;

@@ -255,6 +255,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
       if constexpr (own > 0 && F.levels()) outer = V::mul(outer, V::set(V::kLevelUnit));
       if constexpr (!F.levels()) outer_low = V::load_f16(w + 2 * kTileRows);
     }
+    V::prefetch(w + kPrefetch);
     w += by_row ? F.head_nbytes() : F.super_nbytes();
     int64_t end = first + each < blocks ? first + each : blocks;
     typename V::Floats sum[N], sum_low[N];

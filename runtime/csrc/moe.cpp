@@ -56,12 +56,6 @@ Room take_room(int64_t tokens, int64_t buffer) {
   return room;
 }
 
-// Where a thread goes on at another expert's bytes, which no walk has asked for yet.
-void prefetch(const uint8_t* bytes) {
-  constexpr int64_t ahead = 6 << 10;  // what a walk asks for ahead, see tile.h
-  for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(bytes + i);
-}
-
 // 64 values of an expert's intermediate for some tokens, as inputs of down. The block is a multiple
 // of an int8 step, so the thread that computed it also quantizes it: one wait less.
 void intermediate_block(const Layer& layer, int64_t expert, int64_t block, const Inputs& x,
@@ -162,7 +156,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
     int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
     for (int64_t u = chunk * each; u < end; ++u) {
       int64_t e = u / blocks;
-      if (u + 1 < units && (u + 1) / blocks != e) prefetch(records[e + 1] + layouts[e + 1]->first);
+      if (u + 1 < units && (u + 1) / blocks != e) prefetch_start(records[e + 1] + layouts[e + 1]->first);
       intermediate_block(layer, e, u % blocks, input, hs[e], 1);
     }
   });
@@ -177,7 +171,7 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
     for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); ++u) {
       int64_t e = u / tiles, t = u % tiles;
-      if (t + 1 == tiles && e + 1 < count) prefetch(records[e + 1] + layouts[e + 1]->down);
+      if (t + 1 == tiles && e + 1 < count) prefetch_start(records[e + 1] + layouts[e + 1]->down);
       const float* out = down_tile(layer, e, t, hs[e], 1);
       int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
       for (int64_t r = 0; r < rows; ++r) to[e * hidden + t * kTileRows + r] = weights[e] * out[r];

@@ -39,6 +39,13 @@ class Scratch {
   int64_t size_ = 0, used_ = 0;
 };
 
+// Asks for the first of some bytes that a thread will go through, which no walk has asked for yet.
+inline void prefetch_start(const void* bytes, int64_t nbytes = INT64_MAX) {
+  constexpr int64_t ahead = 6 << 10;  // what a walk asks for ahead, see tile.h
+  auto p = static_cast<const uint8_t*>(bytes);
+  for (int64_t i = 0; i < (nbytes < ahead ? nbytes : ahead); i += 64) __builtin_prefetch(p + i);
+}
+
 // A chunk this small takes a thread about as long as waking another one.
 constexpr int64_t kSmallChunk = 32 << 10;
 

@@ -170,6 +170,8 @@ void attend(const moepack_step& s, int32_t threads) {
   auto keys = static_cast<const float*>(kv.keys), values = static_cast<const float*>(kv.values);
   auto half_keys = static_cast<const uint16_t*>(kv.keys);
   auto half_values = static_cast<const uint16_t*>(kv.values);
+  int64_t size = kv.half ? 2 : 4;
+  auto at = [&](const void* cache, int64_t i) { return static_cast<const uint8_t*>(cache) + i * size; };
   int64_t each = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
   for_chunks(threads, ceil_div(heads, each), [&](int64_t chunk) {
     static thread_local std::vector<float> scores, query;
@@ -182,6 +184,8 @@ void attend(const moepack_step& s, int32_t threads) {
         query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
       int64_t first = h / group * kv.capacity + begin;
       int64_t key = first * kv.key_width, value = first * kv.value_width;
+      if (h == chunk * each) prefetch_start(at(kv.keys, key), count * kv.key_width * size);
+      prefetch_start(at(kv.values, value), count * kv.value_width * size);
       if (kv.half) k.dots_half(query.data(), half_keys + key, kv.key_width, count, scores.data());
       else k.dots(query.data(), keys + key, kv.key_width, count, scores.data());
       for (int64_t t = 0; t < count; ++t) {
@@ -191,6 +195,8 @@ void attend(const moepack_step& s, int32_t threads) {
       }
       if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
       k.softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
+      if (h + 1 < last && (h + 1) % group == 0)
+        prefetch_start(at(kv.keys, key + kv.capacity * kv.key_width), count * kv.key_width * size);
       float* out = floats(s, 0) + h * s.stride[0][0];
       if (kv.half)
         k.weighted_sum_half(scores.data(), half_values + value, kv.value_width, count, out);

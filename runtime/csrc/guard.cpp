@@ -22,6 +22,7 @@ struct Range {
 };
 
 Range ranges[kRanges];
+std::atomic<int64_t> faults{0};
 std::atomic<int> used{0};  // ranges from here on were never taken
 std::mutex changing;
 struct sigaction previous;
@@ -36,6 +37,7 @@ bool mend(uintptr_t address) {
     void* page = reinterpret_cast<void*>(address & ~(page_nbytes - 1));
     constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
     if (mmap(page, page_nbytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) return false;
+    faults.fetch_add(1);
     int64_t nothing = kNothing;
     ranges[i].missing.compare_exchange_strong(nothing, static_cast<int64_t>(address - start));
     return true;
@@ -94,6 +96,8 @@ void moepack_guard_remove(int32_t number) {
   std::lock_guard<std::mutex> lock(changing);
   ranges[number].start.store(0, std::memory_order_release);
 }
+
+int64_t moepack_guard_faults(void) { return faults.load(); }
 
 int64_t moepack_guard_missing(int32_t number) {
   if (number < 0 || number >= kRanges) return kNothing;

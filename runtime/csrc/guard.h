@@ -17,6 +17,8 @@ MOEPACK_API void moepack_guard_remove(int32_t number);
 /* Offset of the first byte that was missing since the last call, or -1. The page stays zeros: what
  * was computed from it is wrong, and the mapping is to be given up. */
 MOEPACK_API int64_t moepack_guard_missing(int32_t number);
+/* Pages that were missing so far, in all guarded mappings of the process. */
+MOEPACK_API int64_t moepack_guard_faults(void);
 
 #ifdef __cplusplus
 }

@@ -16,6 +16,8 @@ using namespace moepack;
 // Dense rows and cached tokens in one chunk of work; fewer are not worth another thread.
 constexpr int64_t kDenseChunk = 1 << 15, kAttendChunk = 1 << 15;  // multiplications
 
+constexpr int32_t kFromInt64 = 20;  // follows the kinds of glue.h
+
 float* floats(const moepack_step& s, int operand) { return static_cast<float*>(s.data[operand]); }
 
 // Calls f(offsets of out, a, b, c) for each place of the three outer loops.
@@ -36,6 +38,15 @@ const float* in_a_row(const moepack_step& s, const float* a, std::vector<float>&
   buffer.resize(static_cast<size_t>(s.size[3]));
   for (int64_t i = 0; i < s.size[3]; ++i) buffer[static_cast<size_t>(i)] = a[i * s.stride[1][3]];
   return buffer.data();
+}
+
+// Positions are the integers that come in.
+void from_int64(const moepack_step& s) {
+  auto from = static_cast<const int64_t*>(s.data[1]);
+  outer(s, [&](const int64_t* at) {
+    for (int64_t i = 0; i < s.size[3]; ++i)
+      floats(s, 0)[at[0] + i * s.stride[0][3]] = static_cast<float>(from[at[1] + i * s.stride[1][3]]);
+  });
 }
 
 void reduce(const moepack_step& s) {
@@ -126,6 +137,12 @@ bool append(const moepack_step& s) {
   const Part parts[] = {{kv.keys, 1, kv.key_width}, {kv.values, 2, kv.value_width}};
   static thread_local std::vector<float> row;
   static thread_local std::vector<uint16_t> halves;
+  int64_t size = kv.half ? 2 : 4;
+  for (const Part& part : parts)  // each head's row lies in a page of its own, and none in a cache
+    for (int64_t h = 0; h < kv.heads; ++h) {
+      auto to = static_cast<const uint8_t*>(part.cache) + (h * kv.capacity + kv.end) * part.width * size;
+      for (int64_t i = 0; i < part.width * size; i += 64) __builtin_prefetch(to + i, 1);
+    }
   // use(part, place in its cache) for each head, whose numbers are in `row`.
   auto each_row = [&](auto use) {
     for (const Part& part : parts)
@@ -266,6 +283,7 @@ bool experts(const moepack_step& s, int32_t mode, int32_t threads) {
 bool run(const moepack_step& s, int32_t mode, int32_t threads) {
   switch (s.op) {
     case MOEPACK_UNARY:
+      if (s.kind == kFromInt64) return from_int64(s), true;
       outer(s, [&](const int64_t* at) {
         kernels().unary(s.kind, s.scalar, floats(s, 1) + at[1], s.stride[1][3],
                         floats(s, 0) + at[0], s.stride[0][3], s.size[3]);

@@ -5,7 +5,7 @@ Shape letters: T tokens, K experts a token, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class ExpertsCompute:
         self._asked_for_fused = False
         self._native: Any | None = None
         self._table: Any | None = None
+        self._all_in_place = False
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
@@ -147,6 +148,7 @@ class ExpertsCompute:
             token, weight = of_expert[expert]
             spec = self._records[expert].spec
             fused.tokens(x, record, spec, token, places[expert], weight, outputs)
+        self._put_in_table(places)
         return fused.total(outputs.view(tokens, choices, -1)).to(hidden.dtype)
 
     @property
@@ -171,7 +173,21 @@ class ExpertsCompute:
             make = getattr(self._find_fused(), "layer", None)
             if make is not None:
                 self._native, self._table = make([at.spec for at in self._records])
+                self._put_in_table(range(len(self._records)))
         return self._native
+
+    @property
+    def all_in_place(self) -> bool:
+        """Whether a tape has every record of the layer, so that nothing is read any more."""
+        if not self._all_in_place:
+            self._all_in_place = self._table is not None and None not in self._table
+        return self._all_in_place
+
+    def _put_in_table(self, experts: Iterable[int]) -> None:
+        """What was used and stays where it is, a tape may use from now on."""
+        if self._table is not None:
+            for expert in experts:
+                self._table[expert] = self._residency.address(self._layer, expert)
 
     def settle(self) -> None:
         """Count what a tape has computed here by itself, and see that it was sound.
@@ -234,9 +250,7 @@ class ExpertsCompute:
         if not chosen:  # nothing but places without an expert
             return torch.zeros_like(hidden)
         outputs = whole = None
-        if self._table is not None:
-            for expert in needed:
-                self._table[expert] = self._residency.address(self._layer, expert)
+        self._put_in_table(needed)
         for records in self._residency.fetch_ready(self._layer, needed):
             here = [k for k, expert in enumerate(chosen) if expert in records]
             data = [records[chosen[k]] for k in here]

@@ -36,6 +36,12 @@ class Guard:
         offset: int = library.moepack_guard_missing(number)
         return offset if offset >= 0 else None
 
+    @property
+    def quiet(self) -> bool:
+        """Whether no byte of any mapping in the process was ever missing."""
+        library = _library()
+        return library is None or library.moepack_guard_faults() == 0
+
     def remove(self, key: int) -> None:
         """Guard a mapping no longer."""
         number, library = self._numbers.pop(key, None), _library()
@@ -67,4 +73,6 @@ def _library() -> Any | None:
     library.moepack_guard_remove.argtypes = [ctypes.c_int32]
     library.moepack_guard_missing.restype = ctypes.c_int64
     library.moepack_guard_missing.argtypes = [ctypes.c_int32]
+    library.moepack_guard_faults.restype = ctypes.c_int64
+    library.moepack_guard_faults.argtypes = []
     return library

@@ -100,6 +100,8 @@ class MappedRecords:
     def check_used(self, layer: int) -> None:
         """See :class:`Residency`."""
         # Every token asks for every layer: no more than needed, as long as nothing is missing.
+        if self._guard.quiet:
+            return
         if any(self._guard.missing(file) is not None for file in self._files[layer]):
             self._check_used(layer, range(len(self._pack.layers[layer])))
 

@@ -21,7 +21,7 @@ from ..statistics import Statistics
 from .attention import recorded_attention
 from .caches import take_over
 from .kv import GrowingLayer
-from .overlap import reads_early
+from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
 from .record import CannotRecord, Recorder, differences, recording
@@ -67,6 +67,7 @@ class TapeForward:
         self._answers: Answers = {}
         self.torch_threads = TorchThreads(engine)
         self._player: Player | None = None
+        self._lean: Player | None = None  # asks no routers ahead
         self._output: type[Any] | None = None
         self._why_not: str | None = None
         self._passed_by = False  # a token came with a cache of a kind that is not played
@@ -93,8 +94,9 @@ class TapeForward:
 
         Nothing is written where transformers' own code decodes.
         """
-        if self._player is not None:
-            self._player.profile = profile
+        for player in (self._player, self._lean):
+            if player is not None:
+                player.profile = profile
 
     @property
     def playing(self) -> bool:
@@ -121,9 +123,8 @@ class TapeForward:
                 except BaseException:  # Ctrl-C, a record that cannot be read
                     _rewind(layers, position)
                     raise
-            assert self._player is not None
             assert self._output is not None
-            logits = self._play(self._player, token, position, layers)
+            logits = self._play(self._best_player(), token, position, layers)
         for compute in self._computes:
             compute.settle()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
@@ -193,25 +194,37 @@ class TapeForward:
             raise CannotRecord(reason)
         if any(compute.reads for compute in self._computes):
             second = reads_early(second)
-        keep = list(self._answers.values())
-        player = Player(
-            second, token_at, position_at, output.logits, layers, self._engine, keep=keep
-        )
-        for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
-            got = self._play(player, ids, start + number, layers)
-            error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
-            if not error <= TOLERANCE:
-                _rewind(layers, start)
-                raise CannotRecord(f"played logits differ by {float(error):.1e}")
-        _rewind(layers, start)
+
+        def player_of(steps: Sequence[Step], keep: Sequence[Tensor] = ()) -> Player:
+            player = Player(
+                steps, token_at, position_at, output.logits, layers, self._engine, keep=keep
+            )
+            for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
+                got = self._play(player, ids, start + number, layers)
+                error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+                if not error <= TOLERANCE:
+                    _rewind(layers, start)
+                    raise CannotRecord(f"played logits differ by {float(error):.1e}")
+            _rewind(layers, start)
+            return player
+
+        if self._answers and not any(compute.reads for compute in self._computes):
+            self._lean = player_of(without_asking(second, output.logits))
+        self._player = player_of(second, list(self._answers.values()))
         for compute in self._computes:
             compute.settle()
-        self._player, self._output = player, type(output)
+        self._output = type(output)
         _log.info("%s", self.describe())
 
     def _looking(self) -> bool:
         """Whether the routers are yet to be found, in a pass of transformers' own."""
         return self._speculator is not None and not self._speculator.routers.found
+
+    def _best_player(self) -> Player:
+        assert self._player is not None
+        if self._lean is not None and all(compute.all_in_place for compute in self._computes):
+            return self._lean
+        return self._player
 
     def _play(
         self, player: Player, token: int, position: int, layers: list[GrowingLayer]

@@ -135,6 +135,9 @@ def _as_is(keywords: dict[str, Any]) -> bool:
 
 
 def _unary(kind: str, out: Tensor, source: Tensor) -> NativeStep | None:
+    if kind == "copy" and source.dtype is torch.int64 and native.is_floats(out) and source.is_cpu:
+        number = native.UNARY.index("from_int64")
+        return native.over_elements(Op.UNARY, number, out, source)
     return elementwise(Op.UNARY, native.UNARY.index(kind), out, source)
 
 

@@ -1,5 +1,7 @@
 """Reordering a recording so that records are read while something else is computed.
 
+Where nothing is read any more, what is computed for reading's sake is left out.
+
 A layer's reads can begin when its router has chosen, and are needed when the routed experts
 compute. Whatever a model does in between or beside, shared experts above all, is put between the
 two. Only the order changes, so results are the same bits.
@@ -41,6 +43,12 @@ def reads_early(steps: Sequence[Step]) -> list[Step]:
             order += until_experts
             rest = after + rest[end:]
     return order + rest
+
+
+def without_asking(steps: Sequence[Step], logits: Tensor) -> list[Step]:
+    """A recording without what the logits do not need: asking later layers' routers."""
+    needed = _needed_for((logits,), steps)
+    return [step for step in steps if id(step) in needed]
 
 
 def _next_experts(steps: Sequence[Step], begin: int) -> int:

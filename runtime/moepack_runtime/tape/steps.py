@@ -34,8 +34,9 @@ class Op(IntEnum):
 UNARY = [
     *("copy", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "sin", "cos"),
     *("tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "softplus", "clamp", "fill"),
+    "from_int64",
 ]
-"""Element-wise functions of one operand, in the order of glue.h."""
+"""Element-wise functions of one operand, in the order of glue.h; the last reads integers."""
 
 BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
 """Element-wise functions of two operands, in the order of glue.h."""
@@ -133,7 +134,14 @@ def loops(
 
 def elementwise(op: Op, kind: int, out: Tensor, *inputs: Tensor) -> NativeStep | None:
     """A step over every element of ``out``; inputs are broadcast to it. None if it has no form."""
-    if not is_floats(out, *inputs) or out.numel() == 0:
+    if not is_floats(out, *inputs):
+        return None
+    return over_elements(op, kind, out, *inputs)
+
+
+def over_elements(op: Op, kind: int, out: Tensor, *inputs: Tensor) -> NativeStep | None:
+    """The same for numbers of any type."""
+    if out.numel() == 0:
         return None
     operands = [out, *(t.expand(out.shape) for t in inputs)]
     found = loops(out.shape, [t.stride() for t in operands])

@@ -40,6 +40,7 @@ def test_missing_pages_read_as_zeros(tmp_path: Path) -> None:
     assert guard.missing(1) is None
     os.truncate(tmp_path / "file", 3 * PAGE + 10)
     assert int(data.long().sum()) == 7 * (3 * PAGE + 10)
+    assert not guard.quiet
     assert guard.missing(1) == 4 * PAGE
     assert guard.missing(1) is None
     guard.close()

@@ -24,7 +24,7 @@ from .kv import GrowingLayer
 from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
-from .record import CannotRecord, Recorder, differences, recording
+from .record import CannotRecord, Recorder, Step, differences, recording
 from .torch_threads import TorchThreads
 
 _log = logging.getLogger(__name__)

@@ -5,38 +5,51 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from .kv import GrowingLayer
 from .kv_window import GrowingWindowLayer
+from .states import can_be_played
 
-_KINDS = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, GrowingWindowLayer)
+_GROW = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, GrowingWindowLayer)
+_STAY = (LinearAttentionLayer, DummyLayer)
 
 
 def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
-    """Turn a cache's layers into growing ones, in place.
+    """Turn a cache's layers of keys and values into growing ones, in place.
+
+    Layers of states stay what they are, as do those of no content.
 
     Args:
         cache: What transformers made.
         half: Whether keys and values may be kept as float16.
 
     Returns:
-        The layers, all of the same length of at least one token, or None when the cache is of a
-        kind that cannot be taken over (and is then unchanged).
+        The growing layers, all of the same length of at least one token, or None when the cache is
+        of a kind that cannot be taken over (and is then unchanged).
     """
     if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
         return None
-    # The exact types: a subclass may hold more than keys and values.
-    if any(type(layer) not in _KINDS for layer in cache.layers):
+    # The exact types: a subclass may hold more than these.
+    if any(type(layer) not in (*_GROW, *_STAY) for layer in cache.layers):
         return None
-    plain = cast("list[DynamicLayer]", cache.layers)
-    length = plain[0].get_seq_length()
+    if not all(can_be_played(x) for x in cache.layers if type(x) is LinearAttentionLayer):
+        return None
+    plain = [cast("DynamicLayer", layer) for layer in cache.layers if type(layer) in _GROW]
+    length = plain[0].get_seq_length() if plain else 0
     if length == 0 or any(layer.get_seq_length() != length for layer in plain):
         return None
     if not all(_fits(layer) for layer in plain):
         return None
     layers = [_growing(layer, half) for layer in plain]
-    cache.layers[:] = layers
+    growing = iter(layers)
+    cache.layers[:] = [next(growing) if type(x) in _GROW else x for x in cache.layers]
     return layers
 
 

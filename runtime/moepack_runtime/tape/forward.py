@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ..early_routers import Answers
 from ..experts_compute import ExpertsCompute
@@ -25,6 +26,7 @@ from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
 from .record import CannotRecord, Recorder, Step, differences, recording
+from .states import Home, state_layers
 from .torch_threads import TorchThreads
 
 _log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class TapeForward:
         self.torch_threads = TorchThreads(engine)
         self._player: Player | None = None
         self._lean: Player | None = None  # asks no routers ahead
+        self._home: Home | None = None  # of the states that the players read and write
         self._output: type[Any] | None = None
         self._why_not: str | None = None
         self._passed_by = False  # a token came with a cache of a kind that is not played
@@ -110,12 +113,13 @@ class TapeForward:
         if found is None or self._looking():
             return self._forward(self._model(), *args, **kwargs)
         token, layers = found
+        states = state_layers(kwargs["past_key_values"])
         position = layers[0].get_seq_length()
         with torch.no_grad():
             if self._player is None:
                 try:
                     with self._engine.float_activations(), self._stats.uncounted():
-                        self._record(token, layers)
+                        self._record(token, layers, kwargs["past_key_values"])
                 except CannotRecord as reason:
                     _rewind(layers, position)
                     self._give_up(str(reason))
@@ -124,6 +128,8 @@ class TapeForward:
                     _rewind(layers, position)
                     raise
             assert self._output is not None
+            assert self._home is not None
+            self._home.move_in(states)
             logits = self._play(self._best_player(), token, position, layers)
         for compute in self._computes:
             compute.settle()
@@ -154,6 +160,8 @@ class TapeForward:
             cache = kwargs.get("past_key_values")
             self._passed_by = cache is not None and cache.get_seq_length() > 0
             return None
+        if self._home is not None and not self._home.fits(state_layers(kwargs["past_key_values"])):
+            return None
         length = layers[0].get_seq_length()
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is not None and (positions.shape != (1, 1) or int(positions) != length):
@@ -167,15 +175,24 @@ class TapeForward:
             return None
         return token, layers
 
-    def _record(self, token: int, layers: list[GrowingLayer]) -> None:
+    def _record(self, token: int, layers: list[GrowingLayer], cache: Cache) -> None:
         """Record a token and another one after it, then see that both are played right.
 
-        The cache is left as it was found. Activations are not rounded to 8 bits meanwhile: a
-        difference in the last bit can change a code, and many of these look like an error.
+        Args:
+            token: Its number.
+            layers: The growing layers of the cache.
+            cache: Is left as it was found.
+        Raises:
+            CannotRecord: The model does something that a recording cannot hold.
         """
+        # Activations are not rounded to 8 bits meanwhile: a difference in the last bit can change a
+        # code, and many of these look like an error.
         model = cast(nn.Module, self._model())
         _check(model)
-        start = layers[0].get_seq_length()
+        start, states = layers[0].get_seq_length(), state_layers(cache)
+        home = Home(states)
+        mine = iter(home.layers)
+        of_recording = [next(mine) if layer in states else layer for layer in cache.layers]
         other = (token + 1) % cast(Any, model).config.get_text_config().vocab_size
         token_at = torch.tensor([[token]])
         position_at = torch.tensor([[start]])
@@ -185,7 +202,9 @@ class TapeForward:
             position_at.fill_(start + number)
             recorder = Recorder()
             self._answers = {}
-            output = self._recorded(model, recorder, token_at, position_at, layers)
+            output = self._recorded(
+                model, recorder, token_at, position_at, layers, Cache(layers=list(of_recording))
+            )
             passes.append((recorder.steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
@@ -197,8 +216,15 @@ class TapeForward:
 
         def player_of(steps: Sequence[Step], keep: Sequence[Tensor] = ()) -> Player:
             player = Player(
-                steps, token_at, position_at, output.logits, layers, self._engine, keep=keep
+                steps,
+                token_at,
+                position_at,
+                output.logits,
+                layers,
+                self._engine,
+                keep=[*keep, *home.tensors],
             )
+            home.load(states)
             for number, (ids, logits) in enumerate(((token, wanted), (other, wanted_next))):
                 got = self._play(player, ids, start + number, layers)
                 error = (got - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
@@ -209,8 +235,9 @@ class TapeForward:
             return player
 
         if self._answers and not any(compute.reads for compute in self._computes):
-            self._lean = player_of(without_asking(second, output.logits))
+            self._lean = player_of(without_asking(second, (output.logits, *home.tensors)))
         self._player = player_of(second, list(self._answers.values()))
+        self._home = home
         for compute in self._computes:
             compute.settle()
         self._output = type(output)
@@ -246,16 +273,14 @@ class TapeForward:
         token: Tensor,
         position: Tensor,
         layers: list[GrowingLayer],
+        cache: Cache,
     ) -> Any:
-        from transformers.cache_utils import Cache
-
         opaque: dict[nn.Module, str] = {}
         for module in model.modules():
             if isinstance(module, (PackedLinear, TiedHead)):
                 opaque[module] = "packed"
             elif isinstance(module, PackedEmbedding):
                 opaque[module] = "embed"
-        cache = Cache(layers=list(layers))
         try:
             with (
                 recorded_attention(model, recorder, layers),

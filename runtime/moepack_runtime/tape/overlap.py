@@ -45,9 +45,14 @@ def reads_early(steps: Sequence[Step]) -> list[Step]:
     return order + rest
 
 
-def without_asking(steps: Sequence[Step], logits: Tensor) -> list[Step]:
-    """A recording without what the logits do not need: asking later layers' routers."""
-    needed = _needed_for((logits,), steps)
+def without_asking(steps: Sequence[Step], wanted: Iterable[Tensor]) -> list[Step]:
+    """A recording without what is needed for nothing but asking later layers' routers.
+
+    Args:
+        steps: The recording.
+        wanted: The logits, and states that the next token needs.
+    """
+    needed = _needed_for(wanted, steps)
     return [step for step in steps if id(step) in needed]
 
 

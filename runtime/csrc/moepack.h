@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 7
+#define MOEPACK_ABI 9
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -88,6 +88,8 @@ enum {
   MOEPACK_ATTEND,    /* out[heads, width] from queries a[heads, width]; number heads, scalar scale */
   MOEPACK_EXPERTS,   /* out[H] = experts of a[H], indices b int64 [K], weights c[K]; extra: see below */
   MOEPACK_ATTEND_LATENT, /* the same over latents; extra: moepack_latent */
+  MOEPACK_CONTRACT,  /* out = c + a times b summed over the last loop; without c where it is NULL */
+  MOEPACK_GATHER,    /* out = a at the indices b (int64) along the last loop; number: how many a has */
   MOEPACK_STEPS
 };
 

@@ -15,6 +15,7 @@ using namespace moepack;
 
 // Dense rows and cached tokens in one chunk of work; fewer are not worth another thread.
 constexpr int64_t kDenseChunk = 1 << 15, kAttendChunk = 1 << 15;  // multiplications
+constexpr int64_t kElementsChunk = 1 << 15;
 
 constexpr int32_t kFromInt64 = 20;  // follows the kinds of glue.h
 
@@ -30,6 +31,23 @@ template <class F> void outer(const moepack_step& s, F f) {
           at[o] = i * s.stride[o][0] + j * s.stride[o][1] + k * s.stride[o][2];
         f(at);
       }
+}
+
+// Calls f(offsets, begin, end) for each place of the three outer loops and a part of the last loop, by
+// several threads where there are many elements.
+template <class F> void elements(const moepack_step& s, int32_t threads, F f) {
+  int64_t rows = s.size[0] * s.size[1] * s.size[2], n = s.size[3];
+  int64_t parts = rows == 1 ? ceil_div(n, kElementsChunk) : 1, width = ceil_div(n, parts);
+  int64_t each = rows == 1 ? 1 : ceil_div(kElementsChunk, n);
+  for_chunks(threads, rows == 1 ? parts : ceil_div(rows, each), [&](int64_t chunk) {
+    int64_t begin = rows == 1 ? chunk * width : 0, end = std::min(n, begin + width);
+    for (int64_t r = rows == 1 ? 0 : chunk * each; r < std::min(rows, (chunk + 1) * each); ++r) {
+      int64_t k = r % s.size[2], j = r / s.size[2] % s.size[1], i = r / s.size[2] / s.size[1], at[4];
+      for (int o = 0; o < 4; ++o)
+        at[o] = i * s.stride[o][0] + j * s.stride[o][1] + k * s.stride[o][2] + begin * s.stride[o][3];
+      f(at, end - begin);
+    }
+  });
 }
 
 // Values along the last loop in a row, in `buffer` where they are not so already.
@@ -93,6 +111,50 @@ void topk(const moepack_step& s) {
       static_cast<int64_t*>(s.data[3])[at[3] + i * s.stride[3][3]] = order[static_cast<size_t>(i)];
     }
   });
+}
+
+// The third loop is innermost where it is what lies in a row.
+void contract(const moepack_step& s, int32_t threads) {
+  int64_t rows = s.size[0] * s.size[1], cols = s.size[2], n = s.size[3];
+  bool across = s.stride[0][2] == 1 && s.stride[1][2] == 1 && s.stride[2][2] == 0;
+  bool in_rows = s.stride[1][3] == 1 && s.stride[2][3] == 1;
+  int64_t each = ceil_div(kDenseChunk, cols * n);
+  for_chunks(threads, ceil_div(rows, each), [&](int64_t chunk) {
+    for (int64_t r = chunk * each; r < std::min(rows, (chunk + 1) * each); ++r) {
+      auto place = [&](int o) {
+        return floats(s, o) + r / s.size[1] * s.stride[o][0] + r % s.size[1] * s.stride[o][1];
+      };
+      float* out = place(0);
+      const float *a = place(1), *b = place(2), *c = s.data[3] ? place(3) : nullptr;
+      for (int64_t k = 0; k < cols; ++k) out[k * s.stride[0][2]] = c ? c[k * s.stride[3][2]] : 0.0f;
+      if (across) {
+        for (int64_t i = 0; i < n; ++i)
+          kernels().add_scaled(a + i * s.stride[1][3], b[i * s.stride[2][3]], out, cols);
+        continue;
+      }
+      for (int64_t k = 0; k < cols; ++k) {
+        const float *x = a + k * s.stride[1][2], *y = b + k * s.stride[2][2];
+        float sum = in_rows ? kernels().dot(x, y, n) : 0.0f;
+        for (int64_t i = 0; !in_rows && i < n; ++i) sum += x[i * s.stride[1][3]] * y[i * s.stride[2][3]];
+        out[k * s.stride[0][2]] += sum;
+      }
+    }
+  });
+}
+
+// False where an index is none.
+bool gather(const moepack_step& s) {
+  bool inside = true;
+  outer(s, [&](const int64_t* at) {
+    const int64_t* index = static_cast<const int64_t*>(s.data[2]) + at[2];
+    for (int64_t i = 0; i < s.size[3]; ++i) {
+      int64_t from = index[i * s.stride[2][3]];
+      inside &= from >= 0 && from < s.number[0];
+      if (inside)
+        floats(s, 0)[at[0] + i * s.stride[0][3]] = floats(s, 1)[at[1] + from * s.stride[1][3]];
+    }
+  });
+  return inside;
 }
 
 void dense(const moepack_step& s, int32_t threads) {
@@ -284,18 +346,17 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
   switch (s.op) {
     case MOEPACK_UNARY:
       if (s.kind == kFromInt64) return from_int64(s), true;
-      outer(s, [&](const int64_t* at) {
+      elements(s, threads, [&](const int64_t* at, int64_t n) {
         kernels().unary(s.kind, s.scalar, floats(s, 1) + at[1], s.stride[1][3],
-                        floats(s, 0) + at[0], s.stride[0][3], s.size[3]);
+                        floats(s, 0) + at[0], s.stride[0][3], n);
       });
       return true;
     case MOEPACK_BINARY: {
       float scalar = static_cast<float>(s.scalar[0]);
-      outer(s, [&](const int64_t* at) {
+      elements(s, threads, [&](const int64_t* at, int64_t n) {
         const float* b = s.data[2] ? floats(s, 2) + at[2] : &scalar;
         kernels().binary(s.kind, floats(s, 1) + at[1], s.stride[1][3], b,
-                         s.data[2] ? s.stride[2][3] : 0, floats(s, 0) + at[0], s.stride[0][3],
-                         s.size[3]);
+                         s.data[2] ? s.stride[2][3] : 0, floats(s, 0) + at[0], s.stride[0][3], n);
       });
       return true;
     }
@@ -303,6 +364,8 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
     case MOEPACK_SOFTMAX: return softmax(s), true;
     case MOEPACK_TOPK: return topk(s), true;
     case MOEPACK_DENSE: return dense(s, threads), true;
+    case MOEPACK_CONTRACT: return contract(s, threads), true;
+    case MOEPACK_GATHER: return gather(s);
     case MOEPACK_PACKED:
       return moepack_linear(static_cast<int32_t>(s.number[0]),
                             static_cast<const uint8_t*>(s.data[2]), s.number[1], s.number[2],

@@ -116,6 +116,15 @@ def _native(step: Step) -> list[NativeStep] | None:
         found = along(Op.SOFTMAX, 0, arguments[1], arguments[0], out)
     elif operation is aten.topk.default:
         found = _topk(step)
+    elif operation is aten.zeros_like.default:
+        found = _unary("fill", out, out)
+    elif operation is aten.gather.default and not step.keywords:
+        found = _gather(out, *arguments)
+    elif operation is aten.convolution.default:
+        found = _convolution(out, *arguments)
+    elif operation is aten.bmm.default:
+        left, right = arguments
+        found = native.contraction(out, left.unsqueeze(2), right.mT.unsqueeze(1), -1)
     elif operation is aten.cat.default:
         return _cat(out, *arguments)
     elif operation is aten.mm.default:
@@ -186,6 +195,41 @@ def _topk(step: Step) -> NativeStep | None:
     if found is not None:
         found.number[0] = count
     return found
+
+
+def _gather(out: Tensor, source: Tensor, axis: int, index: Tensor) -> NativeStep | None:
+    fits = native.is_floats(out, source) and index.dtype is torch.int64 and source.dim() == 2
+    if not fits or len(source) != 1 or axis % 2 != 1 or out.numel() == 0:
+        return None
+    step = NativeStep(op=Op.GATHER)
+    step.size[:] = (1, 1, 1, index.shape[1])
+    for place, tensor in enumerate((out, source, index)):
+        step.data[place], step.stride[place][3] = tensor.data_ptr(), tensor.stride(1)
+    step.number[0] = source.shape[1]
+    return step
+
+
+def _convolution(
+    out: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> NativeStep | None:
+    """Each channel by itself, ``source`` [1, C, L] and ``weight`` [C, 1, K]."""
+    plain = stride == dilation == [1] and padding == [0] and not transposed
+    if not plain or source.dim() != 3 or len(source) != 1 or weight.shape[:2] != (groups, 1):
+        return None
+    if source.shape[1] != groups:
+        return None
+    windows = source[0].unfold(-1, weight.shape[-1], 1)  # [C, L - K + 1, K]
+    offset = None if bias is None else bias.unsqueeze(-1)
+    return native.contraction(out[0], windows, weight, -1, offset)
 
 
 def _cat(out: Tensor, pieces: list[Tensor], axis: int = 0) -> list[NativeStep] | None:

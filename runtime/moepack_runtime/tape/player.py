@@ -20,9 +20,10 @@ from .kv import GrowingLayer
 from .latent import read_off
 from .lower import Call, embedding_step, lower
 from .pool import compact
+from .products import summed_at_once
 from .profile import Profile
 from .record import CannotRecord, Opaque, Step
-from .steps import Kv, NativeStep, Op, elementwise, is_floats
+from .steps import Kv, NativeStep, Op, contraction, elementwise, is_floats
 
 
 class Player:
@@ -68,6 +69,7 @@ class Player:
         found: list[NativeStep] = []
         fixed = [token, position, logits]
         mutated = _mutated(steps)
+        steps = summed_at_once(steps, mutated, (token, position, logits, *keep))
         for step in steps:
             lowered = (
                 self._own(step.operation, step)
@@ -190,6 +192,17 @@ class Player:
         number = native.SCHEME_NUMBERS[module.scheme.name]
         numbers = (number, packed.numel(), *module.shape)
         return [embedding_step(out, packed, ids, numbers)]
+
+    def _lower_contract(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
+        (left, right), (out,), (axis,) = step.arguments, step.results, what.numbers
+        found = contraction(out, left, right, axis)
+        if found is not None:
+            return [found]
+
+        def call() -> None:
+            torch.sum(left * right, axis, out=out)
+
+        return call
 
     def _lower_append(self, what: Opaque, step: Step) -> list[NativeStep]:
         found = NativeStep(op=Op.APPEND)

@@ -30,7 +30,7 @@ class Opaque:
     """An operation of our own, recorded as one step.
 
     Attributes:
-        kind: ``packed``, ``embed``, ``append``, ``attend``, ``experts`` or ``demand``.
+        kind: ``packed``, ``embed``, ``append``, ``attend``, ``experts``, ``demand`` or ``contract``.
         subject: The module, cache layer or compute object it belongs to.
         numbers: What else defines it.
     """

@@ -29,6 +29,8 @@ class Op(IntEnum):
     ATTEND = 10
     EXPERTS = 11
     ATTEND_LATENT = 12
+    CONTRACT = 13
+    GATHER = 14
 
 
 UNARY = [
@@ -174,6 +176,35 @@ def along(op: Op, kind: int, axis: int, source: Tensor, *results: Tensor) -> Nat
     sizes = [*sizes[1:], shape[-1]]
     strides = [[*s[1:], t.stride(-1)] for s, t in zip(strides, operands, strict=True)]
     return filled(op, kind, (sizes, strides), operands, places=(0, 1, 3))
+
+
+def contraction(
+    out: Tensor, left: Tensor, right: Tensor, axis: int, offset: Tensor | None = None
+) -> NativeStep | None:
+    """``out = (left * right).sum(axis) + offset``; None if it has no form.
+
+    Args:
+        out: What is computed, without the axis.
+        left: Broadcast with ``right``.
+        right: Where one of the two lies across the axis in memory, the other.
+        axis: The axis of the product that is summed over.
+        offset: Broadcast to ``out``; None for nothing.
+    """
+    tensors = [out, left, right, *([] if offset is None else [offset])]
+    if not is_floats(*tensors) or out.numel() == 0:
+        return None
+    shape = torch.broadcast_shapes(left.shape, right.shape)
+    left, right = (t.expand(shape).movedim(axis, -1) for t in (left, right))
+    if out.shape != left.shape[:-1]:
+        return None
+    operands = [out, left, right, *([] if offset is None else [offset.expand(out.shape)])]
+    found = loops(out.shape, [t.stride()[: out.dim()] for t in operands])
+    if found is None or found[0][0] != 1:
+        return None
+    strides = [s[1:] for s in found[1]]
+    ends = [0, left.stride(-1), right.stride(-1), 0][: len(operands)]
+    strides = [[*s, end] for s, end in zip(strides, ends, strict=True)]
+    return filled(Op.CONTRACT, 0, ([*found[0][1:], left.shape[-1]], strides), operands)
 
 
 def filled(

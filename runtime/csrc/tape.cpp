@@ -33,9 +33,14 @@ template <class F> void outer(const moepack_step& s, F f) {
       }
 }
 
-// Calls f(offsets, begin, end) for each place of the three outer loops and a part of the last loop, by
-// several threads where there are many elements.
-template <class F> void elements(const moepack_step& s, int32_t threads, F f) {
+// Calls f(step, offsets, count) for each place of three loops and `count` elements along the last one of
+// that step, by several threads where there are many elements.
+template <class F> void elements(moepack_step s, int32_t threads, F f) {
+  // A call each for a handful of elements would take longer than these.
+  if (s.size[3] < 16 && s.size[2] > s.size[3]) {
+    std::swap(s.size[2], s.size[3]);
+    for (auto& stride : s.stride) std::swap(stride[2], stride[3]);
+  }
   int64_t rows = s.size[0] * s.size[1] * s.size[2], n = s.size[3];
   int64_t parts = rows == 1 ? ceil_div(n, kElementsChunk) : 1, width = ceil_div(n, parts);
   int64_t each = rows == 1 ? 1 : ceil_div(kElementsChunk, n);
@@ -45,7 +50,7 @@ template <class F> void elements(const moepack_step& s, int32_t threads, F f) {
       int64_t k = r % s.size[2], j = r / s.size[2] % s.size[1], i = r / s.size[2] / s.size[1], at[4];
       for (int o = 0; o < 4; ++o)
         at[o] = i * s.stride[o][0] + j * s.stride[o][1] + k * s.stride[o][2] + begin * s.stride[o][3];
-      f(at, end - begin);
+      f(s, at, end - begin);
     }
   });
 }
@@ -117,7 +122,7 @@ void topk(const moepack_step& s) {
 void contract(const moepack_step& s, int32_t threads) {
   int64_t rows = s.size[0] * s.size[1], cols = s.size[2], n = s.size[3];
   bool across = s.stride[0][2] == 1 && s.stride[1][2] == 1 && s.stride[2][2] == 0;
-  bool in_rows = s.stride[1][3] == 1 && s.stride[2][3] == 1;
+  bool in_rows = s.stride[1][3] == 1 && s.stride[2][3] == 1 && n >= 16;
   int64_t each = ceil_div(kDenseChunk, cols * n);
   for_chunks(threads, ceil_div(rows, each), [&](int64_t chunk) {
     for (int64_t r = chunk * each; r < std::min(rows, (chunk + 1) * each); ++r) {
@@ -346,17 +351,17 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
   switch (s.op) {
     case MOEPACK_UNARY:
       if (s.kind == kFromInt64) return from_int64(s), true;
-      elements(s, threads, [&](const int64_t* at, int64_t n) {
-        kernels().unary(s.kind, s.scalar, floats(s, 1) + at[1], s.stride[1][3],
-                        floats(s, 0) + at[0], s.stride[0][3], n);
+      elements(s, threads, [&](const moepack_step& t, const int64_t* at, int64_t n) {
+        kernels().unary(t.kind, t.scalar, floats(t, 1) + at[1], t.stride[1][3],
+                        floats(t, 0) + at[0], t.stride[0][3], n);
       });
       return true;
     case MOEPACK_BINARY: {
       float scalar = static_cast<float>(s.scalar[0]);
-      elements(s, threads, [&](const int64_t* at, int64_t n) {
-        const float* b = s.data[2] ? floats(s, 2) + at[2] : &scalar;
-        kernels().binary(s.kind, floats(s, 1) + at[1], s.stride[1][3], b,
-                         s.data[2] ? s.stride[2][3] : 0, floats(s, 0) + at[0], s.stride[0][3], n);
+      elements(s, threads, [&](const moepack_step& t, const int64_t* at, int64_t n) {
+        const float* b = t.data[2] ? floats(t, 2) + at[2] : &scalar;
+        kernels().binary(t.kind, floats(t, 1) + at[1], t.stride[1][3], b,
+                         t.data[2] ? t.stride[2][3] : 0, floats(t, 0) + at[0], t.stride[0][3], n);
       });
       return true;
     }

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from moepack_runtime.loading import load_pack
 from moepack_runtime.tape.kv import GrowingLayer
-from moepack_runtime.tape.steps import UNARY, Op, elementwise, loops
+from moepack_runtime.tape.steps import BINARY, UNARY, Op, contraction, elementwise, loops
 from tests import families
 from tests.packs import make_family_pack
 
-NOT_PLAYED = {"jamba", "lfm2_moe", "llama4_text", "nemotron_h", "qwen3_next"}
-"""Their caches hold more than keys and values, or their attention reads something else."""
+NOT_PLAYED = {"llama4_text"}
+"""Its attention reads something else than the cache."""
 
 IDS = families.tokens(batch=1, length=14)
 
@@ -261,6 +261,66 @@ def test_integers_become_floats() -> None:
     (step,) = found
     assert native.play((NativeStep * 1)(step), 0, 1, True, 1) == 1
     assert torch.equal(out, source.float())
+
+
+def play(step: Any) -> bool:
+    from moepack_runtime.kernels import native
+    from moepack_runtime.tape.steps import NativeStep
+
+    if native.available() is None:
+        pytest.skip("needs the native library")
+    assert step is not None
+    return native.play((NativeStep * 1)(step), 0, 1, True, 2) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 700])
+def test_products_are_summed_in_any_order_of_memory(size: int) -> None:
+    """A matrix and a vector from both sides, a batch of them, and windows of a convolution."""
+    x, y = torch.randn(3, size, 50), torch.randn(3, size)
+    cases = [
+        (x, y.unsqueeze(-1), 1),
+        (x, torch.randn(3, 1, 50), 2),
+        (x.mT, y.unsqueeze(1), -1),
+        (torch.randn(size, 9).unfold(-1, 4, 1), torch.randn(size, 1, 4), -1),
+        (torch.randn(size), torch.randn(size), 0),
+    ]
+    for left, right, axis in cases:
+        wanted = (left * right).sum(axis)
+        for offset in (None, torch.randn(wanted.shape[-1:])):
+            out = torch.full_like(wanted, torch.nan)
+            assert play(contraction(out, left, right, axis, offset))
+            full = wanted if offset is None else wanted + offset
+            torch.testing.assert_close(out, full, atol=1e-4, rtol=1e-4)
+    assert contraction(torch.empty(3), x, y.unsqueeze(-1), 1) is None
+    assert contraction(torch.empty(0), torch.empty(0, 4), torch.empty(4), 1) is None
+
+
+@pytest.mark.parametrize("size", [3, 40_000])
+def test_elementwise_steps_along_any_loop(size: int) -> None:
+    """Few elements in a row, many rows, a part for each thread."""
+    x = torch.randn(size, 4)
+    for source, other in ((x, x.flip(0)), (x.mT, x.mT), (x, x[:, :1]), (x.view(-1), x.view(-1))):
+        out = torch.empty(source.shape)
+        assert play(elementwise(Op.BINARY, BINARY.index("add"), out, source, other))
+        assert torch.equal(out, source + other)
+        padded = torch.zeros(*source.shape[:-1], source.shape[-1] + 3)[..., 1:-2]
+        assert play(elementwise(Op.UNARY, UNARY.index("neg"), padded, source))
+        assert torch.equal(padded, -source)
+
+
+def test_gathering_refuses_what_is_no_index() -> None:
+    from moepack_runtime.tape.lower import lower
+    from moepack_runtime.tape.record import Step
+
+    source, index = torch.randn(1, 9), torch.tensor([[8, 0, 3]])
+    out = torch.empty(1, 3)
+    found = lower(Step(torch.ops.aten.gather.default, (source, 1, index), {}, (out,)), set())
+    assert isinstance(found, list)
+    assert play(found[0])
+    assert torch.equal(out, source[:, [8, 0, 3]])
+    for wrong in (9, -1):
+        index[0, 1] = wrong
+        assert not play(found[0])
 
 
 @pytest.mark.parametrize("head_bits", [4, 16])

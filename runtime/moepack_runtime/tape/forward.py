@@ -182,6 +182,7 @@ class TapeForward:
             token: Its number.
             layers: The growing layers of the cache.
             cache: Is left as it was found.
+
         Raises:
             CannotRecord: The model does something that a recording cannot hold.
         """

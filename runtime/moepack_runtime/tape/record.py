@@ -30,7 +30,7 @@ class Opaque:
     """An operation of our own, recorded as one step.
 
     Attributes:
-        kind: ``packed``, ``embed``, ``append``, ``attend``, ``experts``, ``demand`` or ``contract``.
+        kind: ``packed``, ``embed``, ``append``, ``attend``, ``experts``, ``demand``, ``contract``.
         subject: The module, cache layer or compute object it belongs to.
         numbers: What else defines it.
     """

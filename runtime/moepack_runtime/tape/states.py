@@ -59,8 +59,7 @@ class Home:
     def fits(self, layers: Sequence[LinearAttentionLayer]) -> bool:
         """Whether some layers are of the shapes that were recorded."""
         return len(layers) == len(self.layers) and all(
-            _shapes(mine) == _shapes(layer)
-            for mine, layer in zip(self.layers, layers, strict=True)
+            _shapes(mine) == _shapes(layer) for mine, layer in zip(self.layers, layers, strict=True)
         )
 
     def move_in(self, layers: Sequence[LinearAttentionLayer]) -> None:

@@ -76,7 +76,7 @@ MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t 
  * not take part in has stride 0. */
 enum {
   MOEPACK_PYTHON,    /* the caller does this step */
-  MOEPACK_UNARY,     /* out = f(a): size[4] loops; kind: see glue.h */
+  MOEPACK_UNARY,     /* out = f(a): size[4] loops; kind: see glue.h; number[3]: see moepack_tape_run */
   MOEPACK_BINARY,    /* out = f(a, b); b is scalar[0] where data[2] is NULL */
   MOEPACK_REDUCE,    /* over the last loop, out's stride of it unused; kind 0 sum, 1 mean, 2 max */
   MOEPACK_SOFTMAX,   /* along the last loop */
@@ -134,8 +134,10 @@ typedef struct {
 
 /* Runs steps[begin], ... and returns the index of the first that it did not do: `end`, a
  * MOEPACK_PYTHON step, a MOEPACK_EXPERTS step that lacks a record, or a MOEPACK_APPEND step with
- * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. Where
- * `seconds` is not NULL, seconds[i] grows by what steps[i] took. */
+ * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. Where number[3]
+ * of a UNARY, BINARY, REDUCE, SOFTMAX or CONTRACT step is above 1, so many steps from it on are done
+ * for one turn of their first loops after another, which are of one size. Where `seconds` is not NULL,
+ * seconds[i] grows by what steps[i], or the run that begins with it, took. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
                                      int32_t mode, int32_t threads, double* seconds);
 

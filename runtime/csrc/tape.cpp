@@ -385,16 +385,41 @@ bool run(const moepack_step& s, int32_t mode, int32_t threads) {
   }
 }
 
+// Steps from this one on that are done slice by slice, see moepack_tape_run.
+int64_t run_length(const moepack_step& s) {
+  bool sliced = s.op == MOEPACK_UNARY || s.op == MOEPACK_BINARY || s.op == MOEPACK_REDUCE ||
+                s.op == MOEPACK_SOFTMAX || s.op == MOEPACK_CONTRACT;
+  return sliced && s.number[3] > 1 ? s.number[3] : 1;
+}
+
+void run_slices(const moepack_step* steps, int64_t count, int32_t mode, int32_t threads) {
+  int64_t slices = steps->size[0], each = ceil_div(slices, 4 * threads);
+  for_chunks(threads, ceil_div(slices, each), [&](int64_t chunk) {
+    for (int64_t i = chunk * each; i < std::min(slices, (chunk + 1) * each); ++i)
+      for (int64_t k = 0; k < count; ++k) {
+        moepack_step s = steps[k];
+        s.size[0] = 1;
+        for (int o = 0; o < 4; ++o)
+          if (s.data[o]) s.data[o] = floats(s, o) + i * s.stride[o][0];
+        run(s, mode, 1);
+      }
+  });
+}
+
 }  // namespace
 
 int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end, int32_t mode,
                          int32_t threads, double* seconds) {
   using Clock = std::chrono::steady_clock;
   if (steps == nullptr || begin < 0 || begin > end || threads < 1) return -1;
-  for (; begin < end; ++begin) {
+  while (begin < end) {
     Clock::time_point start = seconds ? Clock::now() : Clock::time_point();
-    if (!run(steps[begin], mode, threads)) break;
+    int64_t count = run_length(steps[begin]);
+    if (count > end - begin) return -1;
+    if (count > 1) run_slices(steps + begin, count, mode, threads);
+    else if (!run(steps[begin], mode, threads)) break;
     if (seconds) seconds[begin] += std::chrono::duration<double>(Clock::now() - start).count();
+    begin += count;
   }
   return begin;
 }

@@ -23,6 +23,7 @@ from .pool import compact
 from .products import summed_at_once
 from .profile import Profile
 from .record import CannotRecord, Opaque, Step
+from .slices import slice_runs
 from .steps import Kv, NativeStep, Op, contraction, elementwise, is_floats
 
 
@@ -88,11 +89,12 @@ class Player:
                     if native_step.op == Op.APPEND:
                         self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
+        runs = slice_runs(found)
         self._steps = (NativeStep * len(found))(*found)
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
         stay |= {t.untyped_storage().data_ptr() for t in keep}
         results = [result for step in steps for result in step.results]
-        self._alive.append(compact(list(self._steps), results, stay))
+        self._alive.append(compact(list(self._steps), results, stay, runs))
         self._count = len(found)
 
     @property

@@ -31,13 +31,19 @@ class _Buffer:
     constant: bool = False  # read before anything has written it
 
 
-def compact(steps: Sequence[NativeStep], results: Iterable[Tensor], fixed: set[int]) -> Tensor:
+def compact(
+    steps: Sequence[NativeStep],
+    results: Iterable[Tensor],
+    fixed: set[int],
+    together: Iterable[range] = (),
+) -> Tensor:
     """Move results that only native steps touch into a pool.
 
     Args:
         steps: The tape; their addresses are changed.
         results: What the recording computed.
         fixed: Addresses of storages that stay where they are, as others read or write them.
+        together: Runs of steps that are not done one after the other.
 
     Returns:
         The pool, uint8, which must live as long as the steps.
@@ -59,6 +65,10 @@ def compact(steps: Sequence[NativeStep], results: Iterable[Tensor], fixed: set[i
             if buffer.first == number and not _is_written(step, operand):
                 buffer.constant = True
             touched.append((number, operand, buffer))
+    for run in together:
+        for buffer in buffers:
+            buffer.first = run[0] if buffer.first in run else buffer.first
+            buffer.last = run[-1] if buffer.last in run else buffer.last
     touched = [item for item in touched if not item[2].constant]
     used = [b for b in buffers if b.last >= 0 and not b.constant]
     pool = torch.zeros(_place(used) + ALIGNMENT, dtype=torch.uint8)

@@ -136,7 +136,8 @@ typedef struct {
  * MOEPACK_PYTHON step, a MOEPACK_EXPERTS step that lacks a record, or a MOEPACK_APPEND step with
  * numbers that float16 cannot hold, of which nothing is written; -1 for bad arguments. Where number[3]
  * of a UNARY, BINARY, REDUCE, SOFTMAX or CONTRACT step is above 1, so many steps from it on are done
- * for one turn of their first loops after another, which are of one size. Where `seconds` is not NULL,
+ * for one turn of their first loops after another, which are of one size and divided into number[1]
+ * parts; where bit o of such a step's number[2] is set, operand o has a place for each part. Where `seconds` is not NULL,
  * seconds[i] grows by what steps[i], or the run that begins with it, took. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
                                      int32_t mode, int32_t threads, double* seconds);

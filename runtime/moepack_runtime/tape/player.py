@@ -89,7 +89,7 @@ class Player:
                     if native_step.op == Op.APPEND:
                         self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
-        runs = slice_runs(found)
+        runs = slice_runs(found, parts=2 * engine.threads)
         self._steps = (NativeStep * len(found))(*found)
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
         stay |= {t.untyped_storage().data_ptr() for t in keep}

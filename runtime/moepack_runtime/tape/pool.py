@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .slices import OWN, make_own
 from .steps import NativeStep, Op
 
 ALIGNMENT = 64
@@ -65,11 +66,16 @@ def compact(
             if buffer.first == number and not _is_written(step, operand):
                 buffer.constant = True
             touched.append((number, operand, buffer))
+    touched = [item for item in touched if not item[2].constant]
     for run in together:
         for buffer in buffers:
+            if buffer.first in run and buffer.last in run and not buffer.constant:
+                uses = [(steps[n], operand) for n, operand, b in touched if b is buffer]
+                nbytes = make_own(uses)
+                if nbytes is not None:
+                    buffer.start, buffer.nbytes = OWN, nbytes * steps[run[0]].number[1]
             buffer.first = run[0] if buffer.first in run else buffer.first
             buffer.last = run[-1] if buffer.last in run else buffer.last
-    touched = [item for item in touched if not item[2].constant]
     used = [b for b in buffers if b.last >= 0 and not b.constant]
     pool = torch.zeros(_place(used) + ALIGNMENT, dtype=torch.uint8)
     base = -(-pool.data_ptr() // ALIGNMENT) * ALIGNMENT

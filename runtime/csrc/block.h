@@ -138,10 +138,11 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     memcpy(outer, w, sizeof outer);
     w += sizeof outer;
   }
-  int64_t blocks = ceil_div(cols, kBlockCols), each = F.span / kBlockCols;
+  int64_t blocks = ceil_div(cols, kBlockCols), first = 0, count = F.span_blocks(blocks);
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t* codes_at = w;
-    int64_t place = b % each, count = blocks - (b - place) < each ? blocks - (b - place) : each;
+    if (b == first + count) first = b, count = F.span_blocks(blocks - b);
+    int64_t place = b - first;
     if constexpr (F.scale_bits == 16) {
       const uint8_t* metadata = w + (count - place) * F.code_nbytes();
       load_halves<V>(metadata, scale[0]), load_halves<V>(metadata + 32, low[0]);

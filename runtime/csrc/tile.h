@@ -233,7 +233,7 @@ MOEPACK_INLINE typename V::Ints load_signed(const uint8_t* four, bool upper, con
   return V::sub_ints(low, V::shift_left_4(V::template field_int<0, 1>(fifth)));
 }
 
-// Schemes with small scales under an outer factor: per 256 inputs (4 or 5 bits) or per row (8 bits).
+// Schemes with small scales under an outer factor: per span (4 or 5 bits) or per row (8 bits).
 template <class V, Scheme S, bool BYTES, class D, int N>
 void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
@@ -244,8 +244,8 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
   constexpr int own = std::is_same_v<D, Int8Dot<V>> && !BYTES ? V::template own_cols<S>() : 0;
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
-  int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
-  for (int64_t first = 0; first < blocks; first += each) {
+  for (int64_t first = 0, end; first < blocks; first = end) {
+    end = by_row ? blocks : first + F.span_blocks(blocks - first);
     typename V::Floats outer, outer_low = V::zero();
     const uint8_t* fifths = w + 2 * kTileRows;
     if constexpr (by_row) {
@@ -257,7 +257,6 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     }
     V::prefetch(w + kPrefetch);
     w += by_row ? F.head_nbytes() : F.super_nbytes();
-    int64_t end = first + each < blocks ? first + each : blocks;
     typename V::Floats sum[N], sum_low[N];
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
     for (int64_t b = first; b < end; ++b) {
@@ -367,9 +366,8 @@ template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, 
     out += nbytes, w += nbytes;
   };
   copy(F.head_nbytes());
-  constexpr int each = F.span / kBlockCols;
-  for (int64_t first = 0; first < blocks; first += each) {
-    int64_t count = blocks - first < each ? blocks - first : each;
+  for (int64_t first = 0, count; first < blocks; first += count) {
+    count = F.span_blocks(blocks - first);
     copy(F.super_nbytes());
     for (int64_t b = 0; b < count; ++b) {
       for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)

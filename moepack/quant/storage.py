@@ -1,7 +1,7 @@
 """How a scheme stores scales and minima, and what is left of them once it has.
 
-Shape letters: R rows, G groups of a row, S super-groups of a row (256 inputs, under 4-bit scales the
-last one up to 448), K groups of the longest super-group, M = R * S super-groups of all rows.
+Shape letters: R rows, G groups of a row, S super-groups of a row (256 inputs each, the last one up
+to 448 under 4-bit scales), K groups of the longest of them, M = R * S super-groups of all rows.
 """
 
 from __future__ import annotations

@@ -138,10 +138,11 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     memcpy(outer, w, sizeof outer);
     w += sizeof outer;
   }
-  int64_t blocks = ceil_div(cols, kBlockCols), first = 0, count = F.span_blocks(blocks);
+  int64_t blocks = ceil_div(cols, kBlockCols), each = F.span / kBlockCols;
+  int64_t starts = F.starts_below(blocks), first = 0, count = 0;  // of a span
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t* codes_at = w;
-    if (b == first + count) first = b, count = F.span_blocks(blocks - b);
+    if (b % each == 0 && b < starts) first = b, count = b + each < starts ? each : blocks - b;
     int64_t place = b - first;
     if constexpr (F.scale_bits == 16) {
       const uint8_t* metadata = w + (count - place) * F.code_nbytes();

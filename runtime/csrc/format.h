@@ -18,7 +18,7 @@ struct Format {
   int bits;        // of one code
   int group;       // inputs under one scale, 0: raw
   int scale_bits;  // 16: float16; 8: under float32 per row; 4, 5: under float16 per span
-  int span;        // inputs per self-contained run of bytes; see span_blocks
+  int span;        // inputs per self-contained run of bytes; see starts_below
 
   constexpr bool raw() const { return group == 0; }
   // Signed scales and no minima: a code stands for one of the levels below.
@@ -40,10 +40,12 @@ struct Format {
   // Whether blocks that are left over after full spans belong to the last of these. They have no span,
   // and no super-scales, of their own then.
   constexpr bool joins_last() const { return scale_bits == 4; }
-  // Blocks of the span that starts where a row has so many left. Always inline: see ceil_div.
-  __attribute__((always_inline)) constexpr int64_t span_blocks(int64_t left) const {
+  // Spans start at every `span / kBlockCols`th block below this one, and the last has all that follow.
+  // Always inline: see ceil_div.
+  __attribute__((always_inline)) constexpr int64_t starts_below(int64_t blocks) const {
     int64_t each = span / kBlockCols;
-    return left < (joins_last() ? 2 * each : each) ? left : each;
+    if (!joins_last()) return blocks;
+    return blocks < each ? each : blocks - blocks % each;
   }
   constexpr int64_t span_nbytes(int64_t blocks) const {
     int64_t halves = scale_bits == 16 ? 4 * kTileRows : 0;  // float16 scales and minima
@@ -51,9 +53,8 @@ struct Format {
   }
   constexpr int64_t tile_nbytes(int64_t cols) const {
     int64_t blocks = (cols + kBlockCols - 1) / kBlockCols, each = span / kBlockCols;
-    int64_t full = blocks / each, rest = blocks % each;
-    if (joins_last() && full > 0 && rest > 0) full -= 1, rest += each;
-    return head_nbytes() + full * span_nbytes(each) + (rest ? span_nbytes(rest) : 0);
+    int64_t full = (starts_below(blocks) - 1) / each;  // but the last
+    return head_nbytes() + full * span_nbytes(each) + span_nbytes(blocks - full * each);
   }
 };
 

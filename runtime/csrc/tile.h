@@ -244,8 +244,9 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
   constexpr int own = std::is_same_v<D, Int8Dot<V>> && !BYTES ? V::template own_cols<S>() : 0;
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
-  for (int64_t first = 0, end; first < blocks; first = end) {
-    end = by_row ? blocks : first + F.span_blocks(blocks - first);
+  int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
+  int64_t starts = by_row ? blocks : F.starts_below(blocks);
+  for (int64_t first = 0; first < starts; first += each) {
     typename V::Floats outer, outer_low = V::zero();
     const uint8_t* fifths = w + 2 * kTileRows;
     if constexpr (by_row) {
@@ -257,6 +258,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     }
     V::prefetch(w + kPrefetch);
     w += by_row ? F.head_nbytes() : F.super_nbytes();
+    int64_t end = first + each < starts ? first + each : blocks;
     typename V::Floats sum[N], sum_low[N];
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
     for (int64_t b = first; b < end; ++b) {
@@ -366,8 +368,10 @@ template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, 
     out += nbytes, w += nbytes;
   };
   copy(F.head_nbytes());
-  for (int64_t first = 0, count; first < blocks; first += count) {
-    count = F.span_blocks(blocks - first);
+  constexpr int each = F.span / kBlockCols;
+  int64_t starts = F.starts_below(blocks);
+  for (int64_t first = 0; first < starts; first += each) {
+    int64_t count = first + each < starts ? each : blocks - first;
     copy(F.super_nbytes());
     for (int64_t b = 0; b < count; ++b) {
       for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)

@@ -91,6 +91,18 @@ SPEC_SIGNED = QuantizedMatrix(
     scales=np.array([[1, -1, -16, 15]], "i1"),
     outer_scales=np.array([[0.5]], "<f2"),
 )
+_LEFT_OVER = {name: np.zeros((1, 20), "u1") for name in ("scales", "minima")}
+_LEFT_OVER["scales"][0, [0, 16]] = [2, 3]
+_LEFT_OVER["minima"][0, 16] = 1
+_LEFT_OVER["codes"] = np.zeros((1, 320), "u1")
+_LEFT_OVER["codes"][0, [0, 256]] = [1, 2]
+SPEC_LEFT_OVER = QuantizedMatrix(
+    get_scheme("q2g16s4"),
+    (1, 320),
+    **_LEFT_OVER,
+    outer_scales=np.array([[0.5]], "<f2"),
+    outer_minima=np.array([[0.25]], "<f2"),
+)
 SPEC_RECORD = plan_record(6, 2, "q4g64", "q3g32s4", bias=True)
 SPEC_PARTS: dict[str, Part] = {
     "gate": SPEC_GATE,

@@ -188,7 +188,12 @@ class ExpertsAdapter:
         for parameter in self.parameters:
             owner_name, _, leaf = parameter.rpartition(".")
             owner = self.module.get_submodule(owner_name)
-            owner._parameters.pop(leaf, None)
+            if owner._parameters.pop(leaf, None) is not None:
+                # Some families initialise the parameter from the block around the experts: it
+                # finds a tensor of no content there, which says that nothing is left to do.
+                nothing = torch.empty(0)
+                cast(Any, nothing)._is_hf_initialized = True
+                setattr(owner, leaf, nothing)
             cast(Any, owner)._is_hf_initialized = True
         cast(Any, self.module)._is_hf_initialized = True
 

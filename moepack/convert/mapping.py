@@ -201,6 +201,13 @@ class WeightMapping:
 
     def _check_experts(self, adapter: ExpertsAdapter) -> None:
         """Makes sure, before anything is read, that single experts can be."""
+        groups = self._expert_groups[adapter.name]
+        found = {target.name for group in groups for target in self._targets[group.first]}
+        if not found >= {f"{adapter.name}.{parameter}" for parameter in adapter.parameters}:
+            raise UsageError(
+                "experts that share their weights with other experts cannot be packed",
+                where=f"{type(self.model).__name__}, {adapter.name}",
+            )
         for group in self._expert_groups[adapter.name]:
             parameter = self._parameter_of(adapter, group)
             length = adapter.shapes[parameter][0]

@@ -318,14 +318,9 @@ def _families_of(model: nn.Module) -> list[str]:
 
 def _unsupported(model: nn.Module) -> UsageError:
     """The error for a model without a single supported experts module."""
-    suspects = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if any(word in type(module).__name__.lower() for word in ("expert", "moe", "sparse"))
-            and module is not model
-        }
-    )
+    names = {type(module).__name__ for module in model.modules() if module is not model}
+    by_word = ([n for n in names if word in n.lower()] for word in ("expert", "moe", "sparse"))
+    suspects = sorted(next(filter(None, by_word), []))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     where = (
         f"{type(model).__name__} (model type {model_type})" if model_type else type(model).__name__

@@ -64,6 +64,11 @@ class WeightMapping:
         self._parameters: dict[str, Tensor] = model.state_dict()
         self._quantizer = dequantizer(checkpoint.config)
         self._expert_names = {f"{a.name}.{p}" for a in self.adapters for p in a.parameters}
+        if self._expert_names & getattr(model, "all_tied_weights_keys", {}).keys():
+            raise UsageError(
+                "experts that share their weights with other experts cannot be packed",
+                where=f"{type(model).__name__} (model type {model.config.model_type})",
+            )
         self._groups, self.unexpected = group_keys(
             model, checkpoint.keys(), self._parameters, self._quantizer
         )
@@ -201,13 +206,6 @@ class WeightMapping:
 
     def _check_experts(self, adapter: ExpertsAdapter) -> None:
         """Makes sure, before anything is read, that single experts can be."""
-        groups = self._expert_groups[adapter.name]
-        found = {target.name for group in groups for target in self._targets[group.first]}
-        if not found >= {f"{adapter.name}.{parameter}" for parameter in adapter.parameters}:
-            raise UsageError(
-                "experts that share their weights with other experts cannot be packed",
-                where=f"{type(self.model).__name__}, {adapter.name}",
-            )
         for group in self._expert_groups[adapter.name]:
             parameter = self._parameter_of(adapter, group)
             length = adapter.shapes[parameter][0]

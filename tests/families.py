@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
-from moepack_runtime.experts import Compute, ExpertsAdapter
+from moepack_runtime.auto_class import auto_class_of
+from moepack_runtime.experts import Compute, ExpertsAdapter, is_decorated
+from tests.more_families import MORE_FAMILIES, small_config
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -220,6 +217,8 @@ FAMILIES = {**DECORATED, **UNDECORATED}
 
 def config_of(family: str, **changes: Any) -> Any:
     """The config of a family; ``changes`` override single keys."""
+    if family in MORE_FAMILIES:
+        return small_config(family, **changes)
     options = {**_COMMON, **FAMILIES[family], **changes}
     return AutoConfig.for_model(family, **{k: v for k, v in options.items() if v is not None})
 
@@ -229,7 +228,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model with random weights, in evaluation mode and with transformers' eager experts."""
     config = config_of(family, **changes)
-    auto: Any = AutoModelForImageTextToText if family == "step3p7" else AutoModelForCausalLM
+    auto = auto_class_of(type(config))
     torch.manual_seed(seed)  # vectors keep a part of the class's own, random initial values
     model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -242,8 +241,11 @@ def random_model(
                 parameter.add_(noise.to(parameter.dtype) * 0.2)
         for name, buffer in model.named_buffers():
             if "bias" in name:
+                # Loading puts back what a class writes there itself.
+                own = buffer.clone()
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-    if family not in UNDECORATED:
+                buffer.copy_(torch.where(own == 0, buffer, own))
+    if any(is_decorated(module) for module in model.modules()):
         model.set_experts_implementation("eager")
     return model
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -63,6 +64,11 @@ class WeightMapping:
         self._parameters: dict[str, Tensor] = model.state_dict()
         self._quantizer = dequantizer(checkpoint.config)
         self._expert_names = {f"{a.name}.{p}" for a in self.adapters for p in a.parameters}
+        if self._expert_names & getattr(model, "all_tied_weights_keys", {}).keys():
+            raise UsageError(
+                "experts that share their weights with other experts cannot be packed",
+                where=f"{type(model).__name__} (model type {model.config.model_type})",
+            )
         self._groups, self.unexpected = group_keys(
             model, checkpoint.keys(), self._parameters, self._quantizer
         )
@@ -174,13 +180,25 @@ class WeightMapping:
             if any(target.name in names for target in self._targets[first])
         ]
 
+    def _parameter_of(self, adapter: ExpertsAdapter, group: SourceGroup) -> str:
+        """The first of a module's parameters that a group becomes, relative to the module."""
+        names = (target.name for target in self._targets[group.first])
+        prefix = f"{adapter.name}."
+        return next(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
     def _sources_of(
         self, adapter: ExpertsAdapter, group: SourceGroup, expert: int
     ) -> list[tuple[str, str | None, tuple[slice, ...] | None]]:
         """``(key, pattern, what to read of it)`` for one expert of one group."""
         if group.merges:
-            return [(keys[expert], pattern, None) for pattern, keys in group.by_pattern.items()]
-        parameter = group.first.removeprefix(f"{adapter.name}.")
+            # Where modules share a list, the conversion wants an expert of each.
+            step = adapter.num_experts if group.shared else sys.maxsize
+            return [
+                (key, pattern, None)
+                for pattern, keys in group.by_pattern.items()
+                for key in keys[expert::step]
+            ]
+        parameter = self._parameter_of(adapter, group)
         return [
             (key, pattern, adapter.expert_slice(parameter, self.checkpoint.shape(key), expert))
             for key, pattern in group.sources
@@ -189,11 +207,12 @@ class WeightMapping:
     def _check_experts(self, adapter: ExpertsAdapter) -> None:
         """Makes sure, before anything is read, that single experts can be."""
         for group in self._expert_groups[adapter.name]:
-            parameter = group.first.removeprefix(f"{adapter.name}.")
+            parameter = self._parameter_of(adapter, group)
             length = adapter.shapes[parameter][0]
             if group.merges:
                 counts = {len(keys) for keys in group.by_pattern.values()}
-                allowed = {adapter.num_experts, length}
+                modules = len(self._targets[group.first]) if group.shared else 1
+                allowed = {adapter.num_experts * modules, length * modules}
             else:
                 counts = {(self.checkpoint.shape(key) or (0,))[0] for key, _ in group.sources}
                 allowed = {length}

@@ -45,6 +45,13 @@ def build_meta_model(
             model: PreTrainedModel = auto_class.from_config(
                 parsed, dtype=parsed.dtype or dtype or torch.float32, trust_remote_code=False
             )
+    except ImportError as e:
+        raise UsageError(
+            f"transformers needs another package for a {model_type} model",
+            where="config.json",
+            got=f"{type(e).__name__}: {e}",
+            remedy="install it",
+        ) from e
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise _invalid(model_type, e) from e
     model.eval()

@@ -55,7 +55,13 @@ class SourceGroup:
     def merges(self) -> bool:
         """Whether the sources are one tensor per expert."""
         operations = () if self.converter is None else self.converter.operations
-        return any(isinstance(operation, MergeModulelist) for operation in operations)
+        return self.shared or any(isinstance(o, MergeModulelist) for o in operations)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the sources are the experts of several modules, one module after the other."""
+        several = self.converter is not None and len(self.converter.target_patterns) > 1
+        return several and all(len(keys) > 1 for keys in self.by_pattern.values())
 
 
 class OneExpertModel:

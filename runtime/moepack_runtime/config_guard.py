@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _ALWAYS = frozenset({"model_type", "tie_word_embeddings", "is_encoder_decoder"})
 _NEVER = frozenset(
@@ -56,10 +57,20 @@ def allowed_config(
             continue
         inner = config_class.sub_configs.get(key)
         if isinstance(value, dict) and isinstance(inner, type):
-            value, dropped_inside = allowed_config(value, cast(type[PreTrainedConfig], inner))
+            value, dropped_inside = _allowed_inside(value, inner)
             dropped.extend(f"{key}.{name}" for name in dropped_inside)
         kept[key] = value
     return kept, dropped
+
+
+def _allowed_inside(values: dict[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
+    """The same for a sub-config, whose class may be left to the model type that it names."""
+    if not dataclasses.is_dataclass(config_class):  # AutoConfig
+        named = values.get("model_type")
+        if not isinstance(named, str) or named not in CONFIG_MAPPING:
+            return without_references(values)
+        config_class = CONFIG_MAPPING[named]
+    return allowed_config(values, cast(type[PreTrainedConfig], config_class))
 
 
 def without_references(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -53,7 +53,11 @@ class EarlyRouters:
         """The experts of a layer were called with these indices, ``[T, K]``, in the first pass."""
         if self._finder is None:
             return
-        self._finder.found(layer, top_k_index)
+        if layer in self._finder.routers:
+            # A second pass has begun: some experts are for inputs of other kinds than text.
+            self._finder.give_up()
+        else:
+            self._finder.found(layer, top_k_index)
         if self._finder.done:
             self._routers = self._finder.routers
             self._finder = None

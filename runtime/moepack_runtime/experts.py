@@ -188,7 +188,12 @@ class ExpertsAdapter:
         for parameter in self.parameters:
             owner_name, _, leaf = parameter.rpartition(".")
             owner = self.module.get_submodule(owner_name)
-            owner._parameters.pop(leaf, None)
+            if owner._parameters.pop(leaf, None) is not None:
+                # Some families initialise the parameter from the block around the experts: it
+                # finds a tensor of no content there, which says that nothing is left to do.
+                nothing = torch.empty(0)
+                cast(Any, nothing)._is_hf_initialized = True
+                setattr(owner, leaf, nothing)
             cast(Any, owner)._is_hf_initialized = True
         cast(Any, self.module)._is_hf_initialized = True
 
@@ -313,14 +318,9 @@ def _families_of(model: nn.Module) -> list[str]:
 
 def _unsupported(model: nn.Module) -> UsageError:
     """The error for a model without a single supported experts module."""
-    suspects = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if any(word in type(module).__name__.lower() for word in ("expert", "moe", "sparse"))
-            and module is not model
-        }
-    )
+    names = {type(module).__name__ for module in model.modules() if module is not model}
+    by_word = ([n for n in names if word in n.lower()] for word in ("expert", "moe", "sparse"))
+    suspects = sorted(next(filter(None, by_word), []))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     where = (
         f"{type(model).__name__} (model type {model_type})" if model_type else type(model).__name__

@@ -112,6 +112,12 @@ class RouterFinder:
         if self.done:
             self.close()
 
+    def give_up(self) -> None:
+        """What the first pass has not shown is not looked for any longer."""
+        for layer in range(self._layers):
+            self.routers.setdefault(layer, None)
+        self.close()
+
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._calls.append(_Call(module, args, kwargs, output))
 

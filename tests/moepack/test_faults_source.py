@@ -82,16 +82,17 @@ def test_a_dense_model(command: Command, tmp_path: Path) -> None:
 
 
 def test_experts_of_an_unknown_kind(command: Command, tmp_path: Path) -> None:
-    """SwitchTransformers' decoder-only relatives: experts that are plain modules."""
-    from transformers import JetMoeConfig, JetMoeForCausalLM
+    """Doge's experts are rows of an embedding."""
+    from transformers import DogeConfig, DogeForCausalLM
 
-    config = JetMoeConfig(
+    config = DogeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_key_value_heads=2, kv_channels=16, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=2, num_key_value_heads=2, is_moe=True, num_experts=16,
+        num_experts_per_tok=2,
     )  # fmt: skip
-    JetMoeForCausalLM(config).save_pretrained(tmp_path / "jet")
-    line = convert(command, tmp_path / "jet", tmp_path / "out").error(2)
-    assert "of a kind that cannot be packed" in line
+    DogeForCausalLM(config).save_pretrained(tmp_path / "doge")
+    line = convert(command, tmp_path / "doge", tmp_path / "out").error(2)
+    assert "its experts (DogeCDMoE) are of a kind that cannot be packed" in line
     assert "supported are all models" in line
 
 

@@ -15,10 +15,8 @@ from moepack_runtime.loading import load_pack
 from moepack_runtime.tape.kv import GrowingLayer
 from moepack_runtime.tape.steps import BINARY, UNARY, Op, contraction, elementwise, loops
 from tests import families
+from tests.documented_families import documented
 from tests.packs import make_family_pack
-
-NOT_PLAYED = {"llama4_text"}
-"""Its attention reads something else than the cache."""
 
 IDS = families.tokens(batch=1, length=14)
 
@@ -51,9 +49,10 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     wanted = decode(load_pack(folder, activations="float", tape=False), IDS)
     model = load_pack(folder, activations="float")
     assert_same(decode(model, IDS), wanted)
-    assert model.moepack.tape.playing == (family not in NOT_PLAYED)
-    if family in NOT_PLAYED:
-        assert "transformers' own code" in model.moepack.tape.describe()
+    told = documented()[family].decoding
+    assert model.moepack.tape.playing == (told == "recorded")
+    if not model.moepack.tape.playing:
+        assert model.moepack.tape.describe() == f"decoding by transformers' own code: {told}"
 
 
 @pytest.mark.parametrize("options", [{"io": "mmap"}, {"io": "buffered", "slots": 4}])

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -34,10 +35,7 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
         The growing layers, all of the same length of at least one token, or None when the cache is
         of a kind that cannot be taken over (and is then unchanged).
     """
-    if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
-        return None
-    # The exact types: a subclass may hold more than these.
-    if any(type(layer) not in (*_GROW, *_STAY) for layer in cache.layers):
+    if odd_kind(cache) is not None or cache.offloading or not cache.layers:
         return None
     if not all(can_be_played(x) for x in cache.layers if type(x) is LinearAttentionLayer):
         return None
@@ -51,6 +49,15 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     growing = iter(layers)
     cache.layers[:] = [next(growing) if type(x) in _GROW else x for x in cache.layers]
     return layers
+
+
+def odd_kind(cache: Any) -> str | None:
+    """The kind of cache, or of a layer in it, that keeps something a recording cannot hold."""
+    # The exact types: a subclass may hold more than these.
+    if type(cache) not in (Cache, DynamicCache):
+        return type(cache).__name__
+    kinds = (type(layer) for layer in cache.layers)
+    return next((kind.__name__ for kind in kinds if kind not in (*_GROW, *_STAY)), None)
 
 
 def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:

@@ -20,7 +20,7 @@ from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from ..prefetch import Speculator
 from ..statistics import Statistics
 from .attention import recorded_attention
-from .caches import take_over
+from .caches import odd_kind, take_over
 from .kv import GrowingLayer
 from .overlap import reads_early, without_asking
 from .player import Player
@@ -73,15 +73,15 @@ class TapeForward:
         self._home: Home | None = None  # of the states that the players read and write
         self._output: type[Any] | None = None
         self._why_not: str | None = None
-        self._passed_by = False  # a token came with a cache of a kind that is not played
+        self._passed_by: str | None = None  # kind of cache of a token that could not be played
 
     @property
     def refusal(self) -> str | None:
         """Why transformers' own code decodes, or None where tokens are played or none has come."""
         if self._why_not is not None:
             return self._why_not
-        if self._player is None and self._passed_by:
-            return "its cache holds more than keys and values"
+        if self._player is None and self._passed_by is not None:
+            return f"its cache is of a kind that is not played ({self._passed_by})"
         return None
 
     def describe(self) -> str:
@@ -158,7 +158,7 @@ class TapeForward:
         layers = take_over(kwargs.get("past_key_values"), half=self._engine.int8)
         if layers is None:
             cache = kwargs.get("past_key_values")
-            self._passed_by = cache is not None and cache.get_seq_length() > 0
+            self._passed_by = None if cache is None else odd_kind(cache)
             return None
         if self._home is not None and not self._home.fits(state_layers(kwargs["past_key_values"])):
             return None

@@ -175,6 +175,8 @@ def _name(step: Step) -> str:
 
 def _form(step: Step, made: dict[int, int]) -> list[Any]:
     """The arguments without addresses that a pass chose for itself."""
+    if step.operation is torch.ops.aten.lift_fresh.default:  # torch.tensor(...): made in Python
+        return [step.arguments[0].dtype, step.arguments[0].tolist()]
     grows = isinstance(step.operation, Opaque) and step.operation.kind == "attend"
     # The cache's keys and values, of which there are more in every pass.
     arguments = step.arguments[:1] if grows else step.arguments

@@ -7,7 +7,7 @@ compute is left out then, but for its keys.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer
@@ -109,4 +109,5 @@ def picked_at_most(model: Any) -> int | None:
 
 
 def _as_layer(keys: Tensor) -> tuple[Tensor, Tensor]:
-    return cast(Tensor, keys.unsqueeze(1)), keys.unsqueeze(1)[..., :0]
+    """Keys ``[1, new, width]`` and values of no width, as a layer takes them."""
+    return keys.unsqueeze(1), keys.unsqueeze(1)[..., :0]

@@ -242,8 +242,6 @@ class Player:
         if expands is not None:
             buffers = what.subject.buffers
             rank, rotary = buffers.keys.shape[3], buffers.values.shape[3]
-            if rotary == 0:
-                raise CannotRecord("attention over latents knows no positions")
             expansion = read_off(expands, rank, rotary, half=what.subject.half)
             native_form = expansion.step(kv)
             self._alive += [expansion, native_form]

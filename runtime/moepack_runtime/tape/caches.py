@@ -55,10 +55,12 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     if not all(_fits(layer) for layer in plain):
         return None
     layers = [_growing(layer, half) for layer in plain]
+    found = with_indexers(layers)
+    if any(layer.get_seq_length() != length for layer in found):
+        return None
     growing = iter(layers)
     cache.layers[:] = [next(growing) if type(x) in _GROW else x for x in cache.layers]
-    found = with_indexers(layers)
-    return found if all(layer.get_seq_length() == length for layer in found) else None
+    return found
 
 
 def odd_kind(cache: Any) -> str | None:

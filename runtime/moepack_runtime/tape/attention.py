@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kv import GrowingLayer
+from .kv_indexed import GrowingIndexedLayer
 from .kv_window import GrowingWindowLayer
 from .record import CannotRecord, Opaque, Recorder
 
 NAME = "moepack_tape"
+INDEXED_NAME = "moepack_tape_indexed"
+"""Of models with indexers, which want a mask. Nothing that is played is made of it."""
 _recorder: Recorder | None = None
 _given: list[tuple[GrowingLayer, Tensor, Tensor]] = []
 """Layers of the cache, and the keys and values that each has handed out in this pass."""
@@ -32,14 +36,18 @@ def recorded_attention(
 ) -> Iterator[None]:
     """Make a model's attention, and what it does with its cache, steps of a recording."""
     global _recorder
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+    indexed = any(isinstance(layer, GrowingIndexedLayer) for layer in layers)
+    chosen = INDEXED_NAME if indexed else NAME
+    ALL_ATTENTION_FUNCTIONS.register(chosen, _attend_indexed if indexed else _attend)
+    if indexed:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(INDEXED_NAME, _no_mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     names = [(config, config._attn_implementation) for config in configs.values()]
     expanding = [m for m in model.modules() if callable(getattr(m, "expand_kv", None))]
     _recorder = recorder
     try:
         for config, _ in names:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = chosen
         for layer in layers:
             _watch(layer, recorder)
         for module in expanding:
@@ -131,6 +139,27 @@ def _attend(
         ),
         None,
     )
+
+
+def _attend_indexed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    indices: Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """The same over the tokens that an indexer has picked, which must be all of them."""
+    if _recorder is not None and indices is not None:
+        picked = _recorder.unrecorded(lambda: indices.unique().tolist())
+        if picked != list(range(key.shape[2])):
+            raise CannotRecord("an indexer has not picked all tokens")
+    return _attend(module, query, key, value, None, **keywords)
+
+
+def _no_mask(q_length: int, kv_length: int, **_: Any) -> Tensor:
+    return torch.zeros(1, 1, q_length, kv_length)
 
 
 def _reference(

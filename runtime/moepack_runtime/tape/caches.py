@@ -9,16 +9,25 @@ from transformers.cache_utils import (
     Cache,
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
 
 from .kv import GrowingLayer
+from .kv_indexed import GrowingIndexedLayer, with_indexers
 from .kv_window import GrowingWindowLayer
 from .states import can_be_played
 
-_GROW = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, GrowingWindowLayer)
+_GROW = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    DynamicIndexedLayer,
+    GrowingLayer,
+    GrowingWindowLayer,
+    GrowingIndexedLayer,
+)
 _STAY = (LinearAttentionLayer, DummyLayer)
 
 
@@ -32,8 +41,8 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
         half: Whether keys and values may be kept as float16.
 
     Returns:
-        The growing layers, all of the same length of at least one token, or None when the cache is
-        of a kind that cannot be taken over (and is then unchanged).
+        The growing layers, with those of indexers, all of the same length of at least one token, or
+        None when the cache is of a kind that cannot be taken over (and is then unchanged).
     """
     if odd_kind(cache) is not None or cache.offloading or not cache.layers:
         return None
@@ -46,9 +55,12 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     if not all(_fits(layer) for layer in plain):
         return None
     layers = [_growing(layer, half) for layer in plain]
+    found = with_indexers(layers)
+    if any(layer.get_seq_length() != length for layer in found):
+        return None
     growing = iter(layers)
     cache.layers[:] = [next(growing) if type(x) in _GROW else x for x in cache.layers]
-    return layers
+    return found
 
 
 def odd_kind(cache: Any) -> str | None:
@@ -56,13 +68,19 @@ def odd_kind(cache: Any) -> str | None:
     # The exact types: a subclass may hold more than these.
     if type(cache) not in (Cache, DynamicCache):
         return type(cache).__name__
-    kinds = (type(layer) for layer in cache.layers)
-    return next((kind.__name__ for kind in kinds if kind not in (*_GROW, *_STAY)), None)
+    for layer in cache.layers:
+        if type(layer) not in (*_GROW, *_STAY):
+            return type(layer).__name__
+        if getattr(layer, "indexer_position_ids", None) is not None:
+            return f"{type(layer).__name__} with positions"
+    return None
 
 
 def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:
     if isinstance(layer, GrowingLayer):
         return layer
+    if isinstance(layer, DynamicIndexedLayer):
+        return GrowingIndexedLayer.taking_indexed(layer, half)
     if isinstance(layer, DynamicSlidingWindowLayer):
         return GrowingWindowLayer.taking_window(layer, half)
     return GrowingLayer.taking(layer, half)

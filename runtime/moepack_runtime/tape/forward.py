@@ -22,6 +22,7 @@ from ..statistics import Statistics
 from .attention import recorded_attention
 from .caches import odd_kind, take_over
 from .kv import GrowingLayer
+from .kv_indexed import GrowingIndexedLayer, picked_at_most
 from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
@@ -163,6 +164,11 @@ class TapeForward:
         if self._home is not None and not self._home.fits(state_layers(kwargs["past_key_values"])):
             return None
         length = layers[0].get_seq_length()
+        if any(isinstance(layer, GrowingIndexedLayer) for layer in layers):
+            limit = picked_at_most(self._model())
+            # Two tokens are recorded.
+            if limit is not None and length + (2 if self._player is None else 1) > limit:
+                return None
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is not None and (positions.shape != (1, 1) or int(positions) != length):
             return None
@@ -206,7 +212,13 @@ class TapeForward:
             output = self._recorded(
                 model, recorder, token_at, position_at, layers, Cache(layers=list(of_recording))
             )
-            passes.append((recorder.steps, output, output.logits.clone()))
+            steps = recorder.steps
+            if any(isinstance(layer, GrowingIndexedLayer) for layer in layers):
+                if picked_at_most(model) is None:
+                    raise CannotRecord("the config does not say how many tokens an indexer picks")
+                kept = (output.logits, *home.tensors, *self._answers.values())
+                steps = without_asking(steps, kept)
+            passes.append((steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
         reason = differences(first, second)

@@ -72,18 +72,19 @@ def read_off(module: Any, latent: int, rotary: int, *, half: bool) -> Expansion:
         # One more token of zeros, which has to stay zeros.
         unit = torch.eye(latent + 1, latent)[None, None]
         keys, values = module.expand_kv(unit, torch.zeros(1, 1, latent + 1, rotary))
-        nothing = torch.zeros(1, 1, rotary, latent)
-        moved, none = module.expand_kv(nothing, torch.eye(rotary)[None, None])
+        some = max(rotary, 1)  # there may be no rotary keys
+        nothing = torch.zeros(1, 1, some, latent)
+        moved, none = module.expand_kv(nothing, torch.eye(some, rotary)[None, None])
     if keys[:, :, -1].any() or values[:, :, -1].any() or none.any():
         raise CannotRecord("keys or values are no linear map of what the cache holds")
     keys, values = keys[0, :, :-1], values[0, :, :-1]  # [heads, latent, width]
     made = keys.abs().amax(dim=(0, 1)).nonzero().flatten()
-    placed = moved[0, 0, 0].nonzero().flatten()
+    placed = moved[0, 0, 0].nonzero().flatten() if rotary else made.new_zeros(1)
     if len(made) == 0 or len(placed) != 1:
         raise CannotRecord("keys are made in an unknown way")
     first, at = int(made[0]), int(placed[0])
     wanted = torch.zeros_like(moved)
-    wanted[..., at : at + rotary] = torch.eye(rotary)[:, : wanted.shape[-1] - at]
+    wanted[..., at : at + rotary] = torch.eye(some, rotary)[:, : wanted.shape[-1] - at]
     if not torch.equal(moved, wanted):
         raise CannotRecord("rotary keys are changed on the way to the heads")
     key_weights = keys[:, :, first : int(made[-1]) + 1].contiguous()

@@ -52,7 +52,9 @@ def without_asking(steps: Sequence[Step], wanted: Iterable[Tensor]) -> list[Step
         steps: The recording.
         wanted: The logits, and states that the next token needs.
     """
-    needed = _needed_for(wanted, steps)
+    # The next token reads what is appended, if this one does not.
+    caches = [_cache(step) for step in steps if _kind(step) == "append"]
+    needed = _needed_for(wanted, steps, caches)
     return [step for step in steps if id(step) in needed]
 
 
@@ -93,9 +95,11 @@ def _reordered(
     return [*first, demand, *meanwhile, experts], last
 
 
-def _needed_for(values: Iterable[Tensor], steps: Sequence[Step]) -> set[int]:
-    """The steps that values are computed by, by identity."""
-    wanted = {_storage(t) for t in values}
+def _needed_for(
+    values: Iterable[Tensor], steps: Sequence[Step], caches: Iterable[int] = ()
+) -> set[int]:
+    """The steps that values, and what is appended to caches, are computed by, by identity."""
+    wanted = {_storage(t) for t in values} | {*caches}
     needed: set[int] = set()
     for step in reversed(steps):
         made = {_storage(t) for t in step.results}

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 _MAX_PART = 600
 
+REMEDY_DRAFT = "if an earlier draft of the format wrote it, convert the source again"
+"""For sizes that are not those of version 1 as it is now."""
+
 
 class MoepackError(Exception):
     """Base of every error that is the input's or the machine's fault, not a defect of moepack.

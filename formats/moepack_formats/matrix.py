@@ -1,7 +1,7 @@
 """A quantized matrix: its codes and scales as arrays, and as packed bytes.
 
-Shape letters: R rows (outputs), C cols (inputs), G groups of a row, S super-groups of 256 inputs,
-T tiles of 16 rows.
+Shape letters: R rows (outputs), C cols (inputs), G groups of a row, S super-groups of a row (256
+inputs each, see SPEC.md of the last one), T tiles of 16 rows.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _width(scheme: Scheme, name: str, cols: int) -> int:
     """Values that a row of ``cols`` inputs has of a metadata array."""
     if not name.startswith("outer"):
         return scheme.groups(cols)
-    return 1 if scheme.scale_bits == 8 else -(-cols // SUPER_COLS)
+    return 1 if scheme.scale_bits == 8 else scheme.spans(cols)
 
 
 def _check_codes(matrix: QuantizedMatrix) -> None:
@@ -233,9 +233,10 @@ def _effective(matrix: QuantizedMatrix, name: str) -> npt.NDArray[np.float32]:
     values = stored.astype(np.float32)
     if outer is None:
         return values
-    # [R, 1] covers a row, [R, S] covers 256 inputs each.
-    each = values.shape[1] if matrix.scheme.scale_bits == 8 else SUPER_COLS // matrix.scheme.group
-    return values * _spread(outer, each, values.shape[1])
+    # Each of [R, S] covers 256 inputs, the last one all that are left; [R, 1] the whole row.
+    number = np.arange(values.shape[1]) // (SUPER_COLS // matrix.scheme.group)
+    under = np.minimum(number, outer.shape[1] - 1)
+    return values * outer[:, under].astype(np.float32)
 
 
 def _spread(values: Array, repeat: int, length: int) -> npt.NDArray[np.float32]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import RECORD_ALIGN, TENSOR_ALIGN
-from .errors import FormatError, IntegrityError
+from .errors import REMEDY_DRAFT, FormatError, IntegrityError
 from .matrix import QuantizedMatrix, pack_matrix, unpack_matrix
 from .schemes import TILE_ROWS, get_scheme
 from .tiles import Bytes
@@ -155,6 +155,7 @@ def check_spec(spec: RecordSpec, where: str) -> None:
                 where=place,
                 wanted=f"{list(padded)}, {nbytes} bytes",
                 got=f"{list(tensor.padded)}, {tensor.nbytes} bytes",
+                remedy=REMEDY_DRAFT,
             )
         if tensor.offset % TENSOR_ALIGN:
             raise FormatError("misaligned sub-tensor", where=place, got=tensor.offset)

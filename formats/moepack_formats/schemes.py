@@ -5,6 +5,7 @@ scales themselves are stored. ``SPEC.md`` gives the bytes; this file gives the s
 
 A matrix ``[rows, cols]`` (outputs x inputs) is cut into tiles of 16 rows. Inside a tile the inputs
 run in blocks of 64, and in *spans*: the smallest run of inputs that carries its own metadata.
+Under 4-bit scales the last span of a row also has the blocks that are left over (SPEC.md, 3.3).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .errors import FormatError
 TILE_ROWS = 16
 BLOCK_COLS = 64
 SUPER_COLS = 256
-"""Inputs under one float16 super-scale."""
+"""Inputs under one float16 super-scale; of the last one of a row see `Scheme.span_runs`."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Scheme:
         bits: Bits of one code; 16 or 32 for the raw schemes.
         group: Inputs that share one scale and one minimum; 0 for the raw schemes.
         scale_bits: Bits of one stored scale: 16 (float16), 8 (under a float32 scale per row),
-            5 (signed) or 4 (both under a float16 super-scale per 256 inputs) or 0 (raw).
-        span: Inputs per self-contained run of bytes in a tile, a multiple of 64.
+            5 (signed) or 4 (both under a float16 super-scale per span) or 0 (raw).
+        span: Inputs per self-contained run of bytes in a tile, a multiple of 64; of the last one
+            fewer, or under 4-bit scales more.
         levels: What each code stands for, in scales, ascending, for schemes without minima. Empty:
             the code itself, and a minimum is subtracted.
     """
@@ -66,8 +68,21 @@ class Scheme:
         return 0 if self.is_raw else -(-cols // self.group)
 
     def spans(self, cols: int) -> int:
-        """Number of spans a row has; the last may be short."""
-        return -(-cols // self.span)
+        """Number of spans a row has."""
+        return sum(count for count, _ in self.span_runs(cols))
+
+    def span_runs(self, cols: int) -> tuple[tuple[int, int], ...]:
+        """Runs of equal spans that a row is made of: how many, and the blocks of each.
+
+        Blocks that are left over after full spans are a short span of their own. Under 4-bit scales
+        they belong to the last full span, so that they need no super-scales of their own.
+        """
+        each = self.span // BLOCK_COLS
+        full, rest = divmod(-(-cols // BLOCK_COLS), each)
+        runs = (full, each), (min(rest, 1), rest)
+        if self.scale_bits == 4 and full and rest:
+            runs = (full - 1, each), (1, each + rest)
+        return tuple(run for run in runs if run[0])
 
     def padded_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape after padding rows to 16 and columns to 64."""
@@ -84,10 +99,8 @@ class Scheme:
 
     def tile_nbytes(self, cols: int) -> int:
         """Bytes of one tile: 16 rows x all inputs."""
-        blocks = -(-cols // BLOCK_COLS)
-        full, rest = divmod(blocks, self.span // BLOCK_COLS)
-        tail = self.span_nbytes(rest) if rest else 0
-        return self.head_nbytes + full * self.span_nbytes(self.span // BLOCK_COLS) + tail
+        runs = self.span_runs(cols)
+        return self.head_nbytes + sum(count * self.span_nbytes(blocks) for count, blocks in runs)
 
     def packed_nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a packed matrix, metadata and padding included."""

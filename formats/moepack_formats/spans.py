@@ -66,14 +66,12 @@ class Span:
 
 
 def spans(scheme: Scheme, padded_cols: int) -> Iterator[Span]:
-    """The full spans of a row, then its short last one, as far as there are any."""
-    each = scheme.span // BLOCK_COLS
-    full, rest = divmod(padded_cols // BLOCK_COLS, each)
-    if full:
-        yield Span(scheme, scheme.head_nbytes, full, each, 0)
-    if rest:
-        start = scheme.head_nbytes + full * scheme.span_nbytes(each)
-        yield Span(scheme, start, 1, rest, full * each)
+    """The full spans of a row, then its last one if it is shorter or longer."""
+    start, first_block = scheme.head_nbytes, 0
+    for count, blocks in scheme.span_runs(padded_cols):
+        yield Span(scheme, start, count, blocks, first_block)
+        start += count * scheme.span_nbytes(blocks)
+        first_block += count * blocks
 
 
 def pack_span(span: Span, out: Bytes, codes: Bytes, by_tile: Mapping[str, Array]) -> None:

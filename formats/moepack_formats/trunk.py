@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from . import checksum
-from .errors import FormatError, IntegrityError
+from .errors import REMEDY_DRAFT, FormatError, IntegrityError
 from .manifest import PACKED_SUFFIX, Manifest, PackedEntry
 from .pack import REMEDY
 from .schemes import get_scheme
@@ -100,5 +100,6 @@ def _packed(manifest: Manifest, tensor: TensorEntry, place: str) -> PackedEntry 
                 where=place,
                 wanted=f"U8 [{nbytes}]",
                 got=f"{tensor.dtype} {list(tensor.shape)}",
+                remedy=REMEDY_DRAFT,
             )
     return entry

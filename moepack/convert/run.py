@@ -34,7 +34,7 @@ from moepack_formats.manifest import (
 from moepack_formats.matrix import pack_matrix
 from moepack_formats.pack import read_manifest
 from moepack_formats.record import Part, pack_record
-from moepack_formats.schemes import get_scheme
+from moepack_formats.schemes import SCHEMES, get_scheme
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 from moepack_runtime.disk import check_space
@@ -163,6 +163,8 @@ def fingerprint(plan: ConversionPlan) -> str:
     ]
     facts = {
         "moepack": __version__,
+        # What a draft of the format may change; its records would not be told from today's.
+        "spans": {name: [s.span_runs(64 * n) for n in range(1, 9)] for name, s in SCHEMES.items()},
         "torch": torch.__version__,
         "source": asdict(plan.checkpoint.source),
         "config": plan.checkpoint.config,

@@ -5,7 +5,7 @@ Transformers" (arXiv 2210.17323), sections 3.2-3.3: columns are rounded one afte
 error is fed into the columns that are not rounded yet, as the second moments of the inputs say.
 What differs:
 
-- Scales and minima are chosen span by span (256 inputs under a super-scale) by the ``hqq`` solver,
+- Scales and minima are chosen span by span (the inputs under a super-scale) by the ``hqq`` solver,
   on the weights as the feedback has left them, and moved once more when their group's turn comes.
   An input counts there as much as its error will: ``1 / U[i, i] ** 2``, what is left of its power
   when all later inputs are known.
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moepack_formats.matrix import QuantizedMatrix
-from moepack_formats.schemes import SUPER_COLS, Scheme
+from moepack_formats.schemes import Scheme
 
 from . import hqq
 from .columns import span_grid
@@ -88,11 +89,8 @@ def _feed_back(weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor) -> 
         cols = len(rest)
         left = upper.diagonal().square().reciprocal()
         importance = left / left.mean()
-        # Scales of 8 bits lie under one factor a row, which has to be known from the start.
-        span = {5: SUPER_COLS, 4: SUPER_COLS, 8: cols}.get(scheme.scale_bits, scheme.group)
         parts = []
-        for start in range(0, cols, span):
-            inner = slice(start, min(start + span, cols))
+        for inner in _spans(scheme, cols):
             fit, errors = _span(
                 rest[inner], scheme, upper[inner, inner], importance[inner], codes[:, inner]
             )
@@ -101,6 +99,14 @@ def _feed_back(weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor) -> 
         minima = [part[1] for part in parts if part[1] is not None]
         scales = _side_by_side([part[0] for part in parts])
         return scales, _side_by_side(minima) if minima else None
+
+
+def _spans(scheme: Scheme, cols: int) -> list[slice]:
+    """The inputs of a row whose scales are chosen together."""
+    if scheme.scale_bits == 8:  # Under one factor a row, which has to be known from the start.
+        return [slice(0, cols)]
+    starts = [scheme.span * number for number in range(scheme.spans(cols))]
+    return [slice(*ends) for ends in pairwise([*starts, cols])]
 
 
 def _span(

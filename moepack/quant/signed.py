@@ -25,7 +25,7 @@ from torch import Tensor
 from moepack_formats.schemes import SUPER_COLS, Scheme
 
 from .grid import RowGroups, size_lost, take_better
-from .storage import FLOAT16_SMALLEST, Stored, as_float16, by_super
+from .storage import FLOAT16_SMALLEST, Stored, as_float16, by_row, by_super
 
 LOWEST, HIGHEST = -16, 15
 """Of a stored scale."""
@@ -270,7 +270,7 @@ def store_scales(
         lost = [((_round(grouped, o) * o - grouped).square_() * cost).sum(dim=0) for o in tried]
         tried = tried.gather(0, torch.stack(lost).argmin(dim=0, keepdim=True))
     outer = tried[0]
-    codes = _round(grouped, outer).t().reshape(rows, -1)[:, :groups].contiguous()
+    codes = by_row(_round(grouped, outer), scheme, groups)
     return Stored(codes, torch.int8, outer.view(rows, -1), per_outer=SUPER_COLS // scheme.group)
 
 

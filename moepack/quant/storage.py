@@ -1,7 +1,7 @@
 """How a scheme stores scales and minima, and what is left of them once it has.
 
-Shape letters: R rows, G groups of a row, S super-groups (256 inputs) of a row, K groups of a
-super-group, M = R * S super-groups of all rows.
+Shape letters: R rows, G groups of a row, S super-groups of a row (256 inputs each, the last one up
+to 448 under 4-bit scales), K groups of the longest of them, M = R * S super-groups of all rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stored:
         dtype: The dtype of ``codes`` in a file.
         outer: ``[R, 1]`` or ``[R, S]`` float32 factors, or None.
         outer_dtype: The dtype of ``outer`` in a file.
-        per_outer: Groups under one outer factor.
+        per_outer: Groups under one outer factor; the last one's are all that are left.
     """
 
     codes: Tensor
@@ -79,18 +79,40 @@ def as_float16(values: Tensor) -> Tensor:
 
 
 def spread(outer: Tensor, each: int, groups: int) -> Tensor:
-    """Repeat ``[R, S]`` for the groups under it: ``[R, G]``."""
+    """Repeat ``[R, S]`` for the groups under it, the last one for all that are left: ``[R, G]``."""
     rows, count = outer.shape
-    return outer[:, :, None].expand(rows, count, each).reshape(rows, -1)[:, :groups]
+    found = outer[:, :, None].expand(rows, count, each).reshape(rows, -1)[:, :groups]
+    left = groups - count * each
+    return torch.cat([found, outer[:, -1:].expand(rows, left)], dim=1) if left > 0 else found
 
 
 def by_super(values: Tensor, scheme: Scheme) -> Tensor:
-    """``[R, G]`` as ``[K, M]``, zeros after the last group of a row."""
-    each = SUPER_COLS // scheme.group
-    missing = -values.shape[1] % each
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
+    """``[R, G]`` as ``[K, M]``, zeros after the last group of each super-group."""
+    each, groups = SUPER_COLS // scheme.group, values.shape[1]
+    whole = scheme.spans(groups * scheme.group) * each
+    if whole < groups:
+        return _with_long_last(values, whole - each, each).t().contiguous()
+    if whole > groups:
+        values = torch.nn.functional.pad(values, (0, whole - groups))
     return values.reshape(-1, each).t().contiguous()
+
+
+def _with_long_last(values: Tensor, first: int, each: int) -> Tensor:
+    """``[R, G]`` as ``[M, K]``: super-groups of ``each``, from ``first`` on one of all the rest."""
+    rows, groups = values.shape
+    found = values.new_zeros((rows, first // each + 1, groups - first))
+    found[:, :-1, :each] = values[:, :first].view(rows, first // each, each)
+    found[:, -1] = values[:, first:]
+    return found.view(-1, groups - first)
+
+
+def by_row(grouped: Tensor, scheme: Scheme, groups: int) -> Tensor:
+    """Undo ``by_super``: from ``[K, M]`` to ``[R, G]``."""
+    each, count = SUPER_COLS // scheme.group, scheme.spans(groups * scheme.group)
+    values = grouped.t().reshape(-1, count, len(grouped))
+    if len(grouped) > each:
+        values = torch.cat([values[:, :-1, :each].flatten(1), values[:, -1]], dim=1)
+    return values.flatten(1)[:, :groups].contiguous()
 
 
 def store_scales(scheme: Scheme, steps: Tensor, shares: Sequence[float] = (1.0,)) -> Stored:
@@ -173,7 +195,7 @@ def _under_super_scales(
         best = torch.stack([lost(outer) for outer in outers]).argmin(dim=0)
         outer = outers.gather(0, best[None])[0]
     codes = _quotient(grouped, outer).clamp_(lowest, CODE_TOP)
-    return codes.t().reshape(rows, -1)[:, :groups].contiguous(), outer.view(rows, -1)
+    return by_row(codes, scheme, groups), outer.view(rows, -1)
 
 
 def _quotient(values: Tensor, divisor: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Rounding to 4 bits moves a scale by up to some percent, which the codes of the g
 as long as they are chosen afterwards. So neighbours of the rounded scale and minimum are tried on
 the weights themselves, and the super-scales are refitted to what was chosen.
 
-Shape letters: R rows, G groups of a row, S super-groups (256 inputs) of a row, N groups of a panel,
-M = R * S.
+Shape letters: R rows, G groups of a row, S super-groups of a row (256 inputs, the last one up to
+448), N groups of a panel, M = R * S.
 """
 
 from __future__ import annotations

@@ -139,9 +139,11 @@ template <class V, Scheme S> void decode_tile(const uint8_t* w, int64_t cols, fl
     w += sizeof outer;
   }
   int64_t blocks = ceil_div(cols, kBlockCols), each = F.span / kBlockCols;
+  int64_t starts = F.starts_below(blocks), first = 0, count = 0;  // of a span
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t* codes_at = w;
-    int64_t place = b % each, count = blocks - (b - place) < each ? blocks - (b - place) : each;
+    if (b % each == 0 && b < starts) first = b, count = b + each < starts ? each : blocks - b;
+    int64_t place = b - first;
     if constexpr (F.scale_bits == 16) {
       const uint8_t* metadata = w + (count - place) * F.code_nbytes();
       load_halves<V>(metadata, scale[0]), load_halves<V>(metadata + 32, low[0]);

@@ -6,7 +6,7 @@ namespace moepack {
 
 constexpr int kTileRows = 16;
 constexpr int kBlockCols = 64;
-constexpr int kSuperCols = 256;  // inputs under one float16 super-scale
+constexpr int kSuperCols = 256;  // inputs under one float16 super-scale, but at a row's end
 
 // The numbers are part of the C interface; they follow moepack_formats.schemes.SCHEMES.
 enum Scheme : int32_t {
@@ -17,8 +17,8 @@ enum Scheme : int32_t {
 struct Format {
   int bits;        // of one code
   int group;       // inputs under one scale, 0: raw
-  int scale_bits;  // 16: float16; 8: under float32 per row; 4, 5: under float16 per 256 inputs
-  int span;        // inputs per self-contained run of bytes
+  int scale_bits;  // 16: float16; 8: under float32 per row; 4, 5: under float16 per span
+  int span;        // inputs per self-contained run of bytes; see starts_below
 
   constexpr bool raw() const { return group == 0; }
   // Signed scales and no minima: a code stands for one of the levels below.
@@ -37,14 +37,24 @@ struct Format {
     return kBlockCols / group * per_group;
   }
 
+  // Whether blocks that are left over after full spans belong to the last of these. They have no span,
+  // and no super-scales, of their own then.
+  constexpr bool joins_last() const { return scale_bits == 4; }
+  // Spans start at every `span / kBlockCols`th block below this one, and the last has all that follow.
+  // Always inline: see ceil_div.
+  __attribute__((always_inline)) constexpr int64_t starts_below(int64_t blocks) const {
+    int64_t each = span / kBlockCols;
+    if (!joins_last()) return blocks;
+    return blocks < each ? each : blocks - blocks % each;
+  }
   constexpr int64_t span_nbytes(int64_t blocks) const {
     int64_t halves = scale_bits == 16 ? 4 * kTileRows : 0;  // float16 scales and minima
     return super_nbytes() + blocks * (code_nbytes() + small_nbytes()) + halves;
   }
   constexpr int64_t tile_nbytes(int64_t cols) const {
     int64_t blocks = (cols + kBlockCols - 1) / kBlockCols, each = span / kBlockCols;
-    int64_t rest = blocks % each;
-    return head_nbytes() + blocks / each * span_nbytes(each) + (rest ? span_nbytes(rest) : 0);
+    int64_t full = (starts_below(blocks) - 1) / each;  // but the last
+    return head_nbytes() + full * span_nbytes(each) + span_nbytes(blocks - full * each);
   }
 };
 

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 7
+#define MOEPACK_ABI 8
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

@@ -195,7 +195,9 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
   for (int64_t super = 0; super * supers < blocks; ++super) {
     int64_t here = blocks - super * supers < supers ? blocks - super * supers : supers;
     if (!F.levels() && here < supers) memset(minima, 0, sizeof minima);
-    if (F.super_nbytes() > 0) head = w, w += F.super_nbytes();
+    // What is left over is under the scales before it.
+    bool own = here == supers || super == 0 || !F.joins_last();
+    if (F.super_nbytes() > 0 && own) head = w, w += F.super_nbytes();
     __m256 outer[2], outer_low[2];
     for (int i = 0; i < 2; ++i) {
       outer[i] = outer_low[i] = _mm256_set1_ps(1.0f);

@@ -174,15 +174,16 @@ MOEPACK_INLINE __m512i level_sizes(__m512i codes) {
   return _mm512_shuffle_epi8(_mm512_set1_epi64(table), codes);
 }
 
-// Unpacks a super-block and goes with w past it. head: of the tile. False: a sum of 16 levels may not
-// fit 16 bits.
-template <Scheme S> bool unpack(const uint8_t*& w, const uint8_t* head, int64_t blocks, Super& s) {
+// Unpacks a super-block and goes with w past it. head: of the tile, or of this super-block or, where it
+// has none, the one before it. False: a sum of 16 levels may not fit 16 bits.
+template <Scheme S>
+bool unpack(const uint8_t*& w, const uint8_t*& head, bool own_head, int64_t blocks, Super& s) {
   constexpr Format F = kFormats[S];
   constexpr Weigh how = weigh_of<S>();
   constexpr int span = F.span / kBlockCols;
   s.outer_low = _mm512_setzero_ps();
   if constexpr (F.super_nbytes() > 0) {
-    head = w, w += F.super_nbytes();
+    if (own_head) head = w, w += F.super_nbytes();
     s.outer = Avx512::load_f16(head);
     if constexpr (!F.levels()) s.outer_low = Avx512::load_f16(head + 2 * kTileRows);
   }
@@ -242,7 +243,8 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
     int64_t at = 2 * b * x.tokens + first, groups = kSuperBlocks * per_block;
     Tokens tokens{x.q + at * kStepCols, x.step + at,
                   x.sums + (b / kSuperBlocks * x.tokens + first) * groups, nullptr, x.tokens};
-    bool narrow = unpack<S>(w, head, here, s);
+    bool own_head = here == kSuperBlocks || b == 0 || !F.joins_last();
+    bool narrow = unpack<S>(w, head, own_head, here, s);
     if constexpr (F.levels()) {
       tokens.offset = x.offset + at + 2 * b * x.tokens;
       if (!narrow) {

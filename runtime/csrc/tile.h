@@ -233,7 +233,7 @@ MOEPACK_INLINE typename V::Ints load_signed(const uint8_t* four, bool upper, con
   return V::sub_ints(low, V::shift_left_4(V::template field_int<0, 1>(fifth)));
 }
 
-// Schemes with small scales under an outer factor: per 256 inputs (4 or 5 bits) or per row (8 bits).
+// Schemes with small scales under an outer factor: per span (4 or 5 bits) or per row (8 bits).
 template <class V, Scheme S, bool BYTES, class D, int N>
 void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float* y) {
   constexpr Format F = kFormats[S];
@@ -245,7 +245,8 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
   typename V::Floats acc[N], low[N];
   for (int n = 0; n < N; ++n) acc[n] = low[n] = V::zero();
   int64_t each = by_row ? blocks : kSuperCols / kBlockCols;
-  for (int64_t first = 0; first < blocks; first += each) {
+  int64_t starts = by_row ? blocks : F.starts_below(blocks);
+  for (int64_t first = 0; first < starts; first += each) {
     typename V::Floats outer, outer_low = V::zero();
     const uint8_t* fifths = w + 2 * kTileRows;
     if constexpr (by_row) {
@@ -257,7 +258,7 @@ void tile_small_scales(const uint8_t* w, int64_t blocks, const Row* rows, float*
     }
     V::prefetch(w + kPrefetch);
     w += by_row ? F.head_nbytes() : F.super_nbytes();
-    int64_t end = first + each < blocks ? first + each : blocks;
+    int64_t end = first + each < starts ? first + each : blocks;
     typename V::Floats sum[N], sum_low[N];
     for (int n = 0; n < N; ++n) sum[n] = sum_low[n] = V::zero();
     for (int64_t b = first; b < end; ++b) {
@@ -368,8 +369,9 @@ template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, 
   };
   copy(F.head_nbytes());
   constexpr int each = F.span / kBlockCols;
-  for (int64_t first = 0; first < blocks; first += each) {
-    int64_t count = blocks - first < each ? blocks - first : each;
+  int64_t starts = F.starts_below(blocks);
+  for (int64_t first = 0; first < starts; first += each) {
+    int64_t count = first + each < starts ? each : blocks - first;
     copy(F.super_nbytes());
     for (int64_t b = 0; b < count; ++b) {
       for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)

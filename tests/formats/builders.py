@@ -31,7 +31,10 @@ from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 
 SCHEME_NAMES = tuple(SCHEMES)
-ODD_SHAPES = ((1, 1), (17, 65), (16, 64), (5, 100), (33, 48), (3, 320), (2, 2880))
+ODD_SHAPES = (
+    *((1, 1), (17, 65), (16, 64), (5, 100), (33, 48)),
+    *((3, 320), (3, 400), (18, 440), (2, 2880)),
+)
 
 
 def random_matrix(
@@ -48,6 +51,8 @@ def random_matrix(
         return QuantizedMatrix(scheme, (rows, cols), codes)
     codes = rng.integers(0, 1 << scheme.bits, (rows, cols)).astype(np.uint8)
     groups, supers = -(-cols // scheme.group), -(-cols // 256)
+    if scheme.scale_bits == 4:  # What is left over is under the last whole one.
+        supers = max(-(-cols // 64) // 4, 1)
 
     def floats(width: int, dtype: type) -> np.ndarray:
         exponents = rng.integers(-9, 6, (rows, width))

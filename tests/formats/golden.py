@@ -8,7 +8,7 @@ from moepack_formats.matrix import QuantizedMatrix
 from moepack_formats.record import Part, plan_record
 from moepack_formats.schemes import Scheme, get_scheme
 
-ROWS, COLS = 2, 258  # one whole super-group and a short one
+ROWS, COLS = 2, 258  # four blocks and part of a fifth
 
 
 def dump(data: bytes) -> str:
@@ -62,7 +62,7 @@ def golden_matrix(name: str, *, full: bool) -> QuantizedMatrix:
         outer = np.array([[0.5], [3]], "<f4"), np.array([[-0.25], [7]], "<f4")
     else:
         small = (count % 16).astype("u1"), (15 - count % 16).astype("u1")
-        outer = outer_scales, np.array([[-1, 0.5], [0.25, -8]], "<f2")
+        outer = outer_scales[:, :1], np.array([[-1], [0.25]], "<f2")
     return QuantizedMatrix(scheme, (ROWS, COLS), codes, *small, *outer)
 
 
@@ -90,6 +90,18 @@ SPEC_SIGNED = QuantizedMatrix(
     _SIGNED,
     scales=np.array([[1, -1, -16, 15]], "i1"),
     outer_scales=np.array([[0.5]], "<f2"),
+)
+_LEFT_OVER = {name: np.zeros((1, 20), "u1") for name in ("scales", "minima")}
+_LEFT_OVER["scales"][0, [0, 16]] = [2, 3]
+_LEFT_OVER["minima"][0, 16] = 1
+_LEFT_OVER["codes"] = np.zeros((1, 320), "u1")
+_LEFT_OVER["codes"][0, [0, 256]] = [1, 2]
+SPEC_LEFT_OVER = QuantizedMatrix(
+    get_scheme("q2g16s4"),
+    (1, 320),
+    **_LEFT_OVER,
+    outer_scales=np.array([[0.5]], "<f2"),
+    outer_minima=np.array([[0.25]], "<f2"),
 )
 SPEC_RECORD = plan_record(6, 2, "q4g64", "q3g32s4", bias=True)
 SPEC_PARTS: dict[str, Part] = {
@@ -290,8 +302,8 @@ MATRICES = {
 """,
     ),
     "q2g16s4": (
-        1728,
-        "f6e820a25d0e93b28e560a9a8dee15e5",
+        1664,
+        "dcf47b2b0246d20be691319dd2e41be4",
         """
 0000: 00 3c 00 42
 0020: 00 bc 00 34
@@ -316,15 +328,13 @@ MATRICES = {
 0510: 1e 0f
 0520: 0f f0
 0530: f0 e1
-0540: 00 40 00 44
-0560: 00 38 00 c8
-0580: 00 02 00 00 01
-0680: e1 d2
+0540: 00 02 00 00 01
+0640: e1 d2
 """,
     ),
     "q3g32s4": (
-        2208,
-        "90595a9b0138238805f4d456eef0abe7",
+        2144,
+        "66353cf7031a55b5d7cacb7e84296a85",
         """
 0000: 00 3c 00 42
 0020: 00 bc 00 34
@@ -341,10 +351,8 @@ MATRICES = {
 0510: 96 0f
 06a0: 87 f0
 06b0: 78 e1
-06c0: 00 40 00 44
-06e0: 00 38 00 c8
-0700: 00 02 00 00 04
-0880: 69 d2
+06c0: 00 02 00 00 04
+0840: 69 d2
 """,
     ),
     "q3g16s5": (

@@ -99,11 +99,20 @@ def span_blocks(scheme: str) -> int:
     return F16_SPAN_BLOCKS.get(scheme, 1)
 
 
-def tile_nbytes(scheme: str, cols: int) -> int:
+def span_sizes(scheme: str, cols: int) -> list[int]:
+    """3.3: blocks of each span of a tile."""
     full, rest = divmod(ceil_div(cols, 64), span_blocks(scheme))
+    sizes = [span_blocks(scheme)] * full
+    if rest and full and scheme in NIBBLE_GROUP:
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
+def tile_nbytes(scheme: str, cols: int) -> int:
     head = 128 if scheme == "q2g16s8" else 0
-    tail = span_nbytes(scheme, rest) if rest else 0
-    return head + full * span_nbytes(scheme, span_blocks(scheme)) + tail
+    return head + sum(span_nbytes(scheme, n) for n in span_sizes(scheme, cols))
 
 
 def span_value(scheme: str, tile: bytes, start: int, n: int, r: int, i: int) -> np.float32:
@@ -144,17 +153,15 @@ def span_value(scheme: str, tile: bytes, start: int, n: int, r: int, i: int) -> 
 
 def read_tile(scheme: str, tile: bytes, rows: int, cols: int) -> list[list[np.float32]]:
     """Values of the first ``rows`` rows of a tile."""
-    each = span_blocks(scheme)
-    blocks = ceil_div(cols, 64)
     head = 128 if scheme == "q2g16s8" else 0
     result = []
     for r in range(rows):
-        row = []
-        for i in range(cols):
-            span = i // (64 * each)
-            n = min(each, blocks - span * each)
-            start = head + span * span_nbytes(scheme, each)
-            row.append(span_value(scheme, tile, start, n, r, i - span * 64 * each))
+        row: list[np.float32] = []
+        start = head
+        for n in span_sizes(scheme, cols):
+            inputs = range(min(64 * n, cols - len(row)))
+            row += [span_value(scheme, tile, start, n, r, i) for i in inputs]
+            start += span_nbytes(scheme, n)
         result.append(row)
     return result
 

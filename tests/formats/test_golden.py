@@ -96,7 +96,15 @@ def test_examples_of_the_specification(tmp_path: Path) -> None:
     signed = pack_matrix(golden.SPEC_SIGNED)
     assert golden.dump(signed.tobytes()) == spec_example("hex q3g16s5")
     assert dequantize(golden.SPEC_SIGNED)[0, ::16].tolist() == [-9, 6, -32, 97.5]
-    assert (matrix.size, three_bits.size, signed.size) == (576, 448, 480)
+    left_over = pack_matrix(golden.SPEC_LEFT_OVER)
+    assert golden.dump(left_over.tobytes()) == spec_example("hex q2g16s4")
+    values = dequantize(golden.SPEC_LEFT_OVER)[0]
+    assert (values[0], values[256]) == (1, 2.75)
+    assert not values[1:256].any()
+    assert (values[257:272] == -0.25).all()
+    assert not values[272:].any()
+    sizes = matrix.size, three_bits.size, signed.size, left_over.size
+    assert sizes == (576, 448, 480, 1664)
     record = pack_record(golden.SPEC_RECORD, golden.SPEC_PARTS)
     assert record.size == 4096
     assert golden.dump(record.tobytes()) == spec_example("hex record")

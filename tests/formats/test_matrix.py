@@ -33,7 +33,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 @given(
     name=st.sampled_from(SCHEME_NAMES),
     rows=st.integers(1, 50),
-    cols=st.integers(1, 700),
+    cols=st.integers(1, 900),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_round_trip(name: str, rows: int, cols: int, seed: int) -> None:
@@ -68,6 +68,23 @@ def test_codes_take_every_bit(bits: int, tiles: int, blocks: int, seed: int) -> 
     assert codes.shape == (16 * tiles, 64 * blocks)
     assert int(codes.max()) < 2**bits
     assert np.array_equal(pack_codes(codes, bits), packed)
+
+
+@pytest.mark.parametrize("blocks", range(1, 14))
+def test_what_is_left_over_has_super_scales_of_its_own_only_with_signed_scales(blocks: int) -> None:
+    for cols in (64 * blocks, 64 * blocks - 63):
+        for name, nbytes in (("q2g16s4", 320), ("q3g32s4", 416)):
+            scheme = get_scheme(name)
+            assert scheme.tile_nbytes(cols) == 64 * max(1, blocks // 4) + nbytes * blocks
+            assert scheme.spans(cols) == max(1, blocks // 4)
+        signed = get_scheme("q3g16s5")
+        assert signed.tile_nbytes(cols) == 64 * -(-blocks // 4) + 416 * blocks
+
+
+def test_two_bits_cost_no_more_where_blocks_are_left_over() -> None:
+    scheme = get_scheme("q2g16s4")
+    assert scheme.bits_per_weight(1536, 576) == pytest.approx(2.6111, abs=1e-4)
+    assert all(scheme.bits_per_weight(16, 64 * blocks) <= 2.625 for blocks in range(4, 100))
 
 
 def test_padding_is_zero_and_unread() -> None:

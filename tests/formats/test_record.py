@@ -162,6 +162,18 @@ def test_layouts_from_a_file(case: str) -> None:
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize(("scheme", "blocks_nbytes"), [("q2g16s4", 320), ("q3g32s4", 416)])
+def test_a_layout_with_super_scales_for_what_is_left_over(scheme: str, blocks_nbytes: int) -> None:
+    """As drafts of the format wrote it: refused by its size."""
+    spec = plan_record(576, 256, scheme, "q4g64")
+    (gate_up, down) = spec.tensors
+    assert gate_up.nbytes == 32 * (2 * 64 + 9 * blocks_nbytes)
+    longer = replace(gate_up, nbytes=gate_up.nbytes + 32 * 64)
+    after = replace(down, offset=down.offset + 32 * 64)
+    with pytest.raises(FormatError, match=r"does not follow .* convert the source again"):
+        check_spec(replace(spec, tensors=(longer, after)), "here")
+
+
 def test_projections_that_do_not_fit_together() -> None:
     one = plan_record(100, 50, "q4g64", "q4g64")
     other = plan_record(100, 60, "q4g64", "q4g64")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from moepack_formats import osio
+from moepack_formats.schemes import Scheme
 from tests.commands import (
     TINY,
     Child,
@@ -175,6 +176,18 @@ def test_resuming_with_other_options(
     assert command("convert", TINY, out).error(2).endswith("--force to start over")
     assert convert(command, checkpoint, out).code == 0
     assert hashes(out) == wanted
+
+
+def test_resuming_what_another_draft_of_the_format_began(
+    command: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheme, "span_runs", lambda scheme, cols: ((-(-cols // 64), 1),))
+        patch.setattr(osio, "write_at", Failing(osio.write_at, 30, errno.ENOSPC))
+        convert(command, checkpoint, out).error(5)
+    line = convert(command, checkpoint, out).error(2)
+    assert "an unfinished conversion with another source or other options is here" in line
 
 
 def test_a_source_that_changed_in_between(command: Command, source: Path, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ int main() {
     ++tested;
     for (int scheme = 0; scheme < kSchemes; ++scheme) {
       for (int64_t rows : {1, 17, 64})
-        for (int64_t cols : {1, 65, 512, 700}) {
+        for (int64_t cols : {1, 65, 170, 220, 300, 350, 430, 512, 576, 700, 760}) {
           linear(isa, scheme, rows, cols);
           decode(isa, scheme, rows, cols);
         }

@@ -24,17 +24,18 @@ template <class F> void each_part(int32_t scheme, int64_t rows, int64_t cols, F&
   using namespace moepack;
   const Format& format = kFormats[scheme];
   int64_t blocks = ceil_div(cols, kBlockCols), each = format.span / kBlockCols;
+  int64_t starts = format.starts_below(blocks);
   for (int64_t tile = 0; tile < ceil_div(rows, kTileRows); ++tile) {
     if (format.raw()) {
       f(Part::floats, format.tile_nbytes(cols));
       continue;
     }
     f(Part::floats, format.head_nbytes());
-    for (int64_t b = 0; b < blocks; b += each) {
+    for (int64_t b = 0; b < starts; b += each) {
       // The second half of a super-block's head holds float16 minima, or fifth bits of scales.
       f(Part::floats, format.super_nbytes() / 2);
       f(format.levels() ? Part::small : Part::floats, format.super_nbytes() / 2);
-      for (int64_t i = 0; i < std::min(each, blocks - b); ++i) {
+      for (int64_t i = b; i < (b + each < starts ? b + each : blocks); ++i) {
         f(Part::codes, format.code_nbytes());
         f(Part::small, format.small_nbytes());
       }

@@ -54,16 +54,12 @@ def decode_tiles(tiles: Tensor, scheme: Scheme, cols: int, dtype: torch.dtype) -
     if scheme.is_raw:
         return _decode_raw(tiles, scheme)[:, :cols].to(dtype)
     padded = scheme.padded_shape(1, cols)[1]
-    each = scheme.span // BLOCK_COLS
-    full, rest = divmod(padded // BLOCK_COLS, each)
     outer = None
     if scheme.head_nbytes:
         outer = tiles[:, : scheme.head_nbytes].contiguous().view(torch.float32)
         outer = outer.view(len(tiles), 2, 1, 1, TILE_ROWS, 1)
     start, parts = scheme.head_nbytes, []
-    for count, blocks in ((full, each), (1 if rest else 0, rest)):
-        if count == 0:
-            continue
+    for count, blocks in scheme.span_runs(cols):
         size = scheme.span_nbytes(blocks)
         spans = tiles[:, start : start + count * size].reshape(len(tiles), count, size)
         parts.append(_decode_spans(spans, scheme, blocks, outer))

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from moepack.quant import get_quantizer, hqq, quantize_matrix
 from moepack.quant.grid import GroupedRows, Panel, invert
-from moepack.quant.storage import negative_minima, store_minima, store_scales
+from moepack.quant.storage import (
+    by_row,
+    by_super,
+    negative_minima,
+    spread,
+    store_minima,
+    store_scales,
+)
 from moepack_formats.errors import UsageError
 from moepack_formats.matrix import QuantizedMatrix, dequantize
 from moepack_formats.schemes import SCHEMES
@@ -190,6 +197,35 @@ def test_super_minima_take_the_sign_that_loses_less() -> None:
     stored = store_minima(scheme, minima)
     assert stored.values()[0].tolist() == pytest.approx([0.1] * 7 + [0.0], rel=1e-3)
     assert stored.values()[1].tolist() == pytest.approx([-0.2] * 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["q2g16s4", "q3g32s4", "q3g16s5"])
+@pytest.mark.parametrize("cols", [16, 192, 256, 300, 320, 448, 512, 576, 700, 1024])
+def test_groups_of_a_super_group_lie_side_by_side(name: str, cols: int) -> None:
+    scheme = SCHEMES[name]
+    groups, each, supers = scheme.groups(cols), 256 // scheme.group, scheme.spans(cols)
+    values = torch.arange(1.0, 3 * groups + 1).view(3, groups)
+    grouped = by_super(values, scheme)
+    number = [min(group // each, supers - 1) for group in range(groups)]
+    for row in range(3):
+        for which in range(supers):
+            wanted = [v for v, n in zip(values[row].tolist(), number, strict=True) if n == which]
+            column = grouped[:, row * supers + which].tolist()
+            assert column == wanted + [0.0] * (len(column) - len(wanted))
+    assert torch.equal(by_row(grouped, scheme, groups), values)
+    outer = torch.arange(3.0 * supers).view(3, supers)
+    assert torch.equal(spread(outer, each, groups), outer[:, number])
+
+
+@pytest.mark.parametrize("quantizer", ["hqq", "search", "rtn"])
+def test_super_scales_suit_the_blocks_left_over_too(quantizer: str) -> None:
+    """Weights left over that are larger than all before them are not clipped."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(16, 576, generator=generator)
+    weight[:, 512:] *= 20
+    matrix = quantize_matrix(weight, SCHEMES["q2g16s4"], get_quantizer(quantizer))
+    lost = (torch.from_numpy(dequantize(matrix)) - weight)[:, 512:].square().mean()
+    assert lost / weight[:, 512:].square().mean() < 0.2
 
 
 @pytest.mark.parametrize("name", ["q4g64", "q2g16s8", "q2g16s4"])

@@ -22,6 +22,8 @@ STEP = 32  # activations under one int8 step, see csrc/kernels.h
 
 # rows and columns that are and are not multiples of tiles, blocks and super-groups
 SHAPES = ((64, 256), (17, 65), (48, 100), (1, 1), (33, 700), (100, 2880))
+# of 1 to 9, 11 and 12 blocks, with a whole last block and with part of one
+BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)
 
 
 def packed(scheme: Scheme, rows: int, cols: int, seed: int = 0) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moepack_formats.matrix import pack_matrix
-from moepack_formats.schemes import SCHEMES
+from moepack_formats.schemes import BLOCK_COLS, SCHEMES
 from moepack_runtime.kernels import native, reference
-from tests.runtime.kernels.matrices import SHAPES, as_int8, packed, quantized, relative
+from tests.runtime.kernels.matrices import BLOCKS, SHAPES, as_int8, packed, quantized, relative
 
 NAMES = list(SCHEMES)
 
@@ -26,6 +26,23 @@ def test_products_equal_the_reference(isa: str, name: str, shape: tuple[int, int
             seen = as_int8(x) if int8 and not scheme.is_raw else x
             wanted = seen.double() @ weight.T + bias
             got = native.linear(x, data, scheme, shape, bias, int8=int8, threads=2)
+            assert relative(got, wanted) < 2e-6, (tokens, int8)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if SCHEMES[n].span > BLOCK_COLS])
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("missing", [0, 27])
+def test_rows_of_every_number_of_blocks(isa: str, name: str, blocks: int, missing: int) -> None:
+    """Blocks that fill no span lie where the reference reads them, whatever their number."""
+    scheme, shape = SCHEMES[name], (20, blocks * BLOCK_COLS - missing)
+    data = packed(scheme, *shape)
+    weight = reference.decode_matrix(data, scheme, shape, torch.float32)
+    assert torch.equal(native.decode(data, scheme, shape[1], 20, torch.float32, threads=1), weight)
+    for tokens in (1, 2, 4, 9, 33):
+        x = torch.randn(tokens, shape[1])
+        for int8 in (False, True):
+            wanted = (as_int8(x) if int8 else x).double() @ weight.double().T
+            got = native.linear(x, data, scheme, shape, None, int8=int8, threads=1)
             assert relative(got, wanted) < 2e-6, (tokens, int8)
 
 

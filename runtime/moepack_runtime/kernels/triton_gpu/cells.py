@@ -28,6 +28,7 @@ from .layout import (
     first_nbytes,
     groups,
     head_nbytes,
+    joins_last,
     kind,
     level_bytes,
     lowest_level,
@@ -65,10 +66,19 @@ def as_floats(at):
 
 
 @triton.jit
-def code_offset(block, SCHEME: tl.constexpr):
-    """Byte of a tile at which the codes of a block start."""
+def span_of(block, blocks, SCHEME: tl.constexpr):
+    """Number of the span that a block belongs to; blocks: of a tile."""
     span = block // span_blocks(SCHEME)
-    inside = block % span_blocks(SCHEME)
+    if joins_last(SCHEME):
+        span = tl.minimum(span, tl.maximum(blocks // span_blocks(SCHEME) - 1, 0))
+    return span
+
+
+@triton.jit
+def code_offset(block, blocks, SCHEME: tl.constexpr):
+    """Byte of a tile at which the codes of a block start; blocks: of a tile."""
+    span = span_of(block, blocks, SCHEME)
+    inside = block - span * span_blocks(SCHEME)
     start = head_nbytes(SCHEME) + first_nbytes(SCHEME)
     return start + span * span_nbytes(SCHEME) + inside * step_nbytes(SCHEME)
 
@@ -134,7 +144,7 @@ def scales(matrix, tile, cell, row, blocks, live, SCHEME: tl.constexpr):
     # Several groups share a block, and cells are never longer than a group.
     PER: tl.constexpr = block_cells(SCHEME) // groups(SCHEME)
     group = cell % block_cells(SCHEME) // PER
-    metadata = code_offset(block, SCHEME) + code_nbytes(SCHEME)
+    metadata = code_offset(block, blocks, SCHEME) + code_nbytes(SCHEME)
     if KIND == BYTE_SCALES:
         at = as_bytes(matrix) + (tile + (metadata + group * 32)) + row
         s = tl.load(at, mask=live, other=0).to(tl.float32)
@@ -145,7 +155,7 @@ def scales(matrix, tile, cell, row, blocks, live, SCHEME: tl.constexpr):
     else:
         at = as_bytes(matrix) + (tile + (metadata + group * 16)) + row
         both = tl.load(at, mask=live, other=0).to(tl.int32)
-        span = block // span_blocks(SCHEME) * span_nbytes(SCHEME)
+        span = span_of(block, blocks, SCHEME) * span_nbytes(SCHEME)
         outer = as_halves(matrix) + (tile + span) // 2 + row
         s = tl.load(outer, mask=live, other=0.0).to(tl.float32) * (both & 15).to(tl.float32)
         m = tl.load(outer + 16, mask=live, other=0.0).to(tl.float32) * (both >> 4).to(tl.float32)
@@ -153,7 +163,7 @@ def scales(matrix, tile, cell, row, blocks, live, SCHEME: tl.constexpr):
 
 
 @triton.jit
-def signed_scales(matrix, tile, cell, row, live, SCHEME: tl.constexpr):
+def signed_scales(matrix, tile, cell, row, blocks, live, SCHEME: tl.constexpr):
     """Scales of cells of 32 inputs whose codes stand for levels: two groups, no minima.
 
     Args:
@@ -161,6 +171,7 @@ def signed_scales(matrix, tile, cell, row, live, SCHEME: tl.constexpr):
         tile: Bytes from there to the tile, int64.
         cell: Number of the cell in its row.
         row: Row of the tile, 0 to 15.
+        blocks: Blocks of a tile.
         live: Which cells exist.
         SCHEME: One with signed scales of 5 bits.
 
@@ -168,7 +179,7 @@ def signed_scales(matrix, tile, cell, row, live, SCHEME: tl.constexpr):
         Two float32 tensors, of quads 0 to 3 and 4 to 7; zeros where a cell does not exist.
     """
     block = cell // 2
-    fours = code_offset(block, SCHEME) + code_nbytes(SCHEME) + cell % 2 * 16
+    fours = code_offset(block, blocks, SCHEME) + code_nbytes(SCHEME) + cell % 2 * 16
     four = tl.load(as_bytes(matrix) + (tile + fours) + row, mask=live, other=0).to(tl.int32)
     span = tile + block // span_blocks(SCHEME) * span_nbytes(SCHEME)
     group = cell % (2 * span_blocks(SCHEME)) * 2  # of the span's, 0 to 14

@@ -61,7 +61,7 @@ def dense_rows(
     live = cell < blocks * PER
     matrix = packed.to(tl.int64)
     at = tile * tile_nbytes
-    codes = at + code_offset(cell // PER, SCHEME)
+    codes = at + code_offset(cell // PER, blocks, SCHEME)
     to = out + (number.to(tl.int64) * 16 + row) * cols
     real = (number * 16 + row < rows) & live
     if kind(SCHEME) == RAW:
@@ -70,7 +70,7 @@ def dense_rows(
         for part in tl.static_range(CELL):
             _put(to, cell * CELL + part, raw_value(word, part, SCHEME), cols, real)
     elif kind(SCHEME) == SIGNED_SCALES:
-        first, second = signed_scales(matrix, at, cell, row, live, SCHEME)
+        first, second = signed_scales(matrix, at, cell, row, blocks, live, SCHEME)
         words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
         a, b, c = three_words(words, live)
         for k in tl.static_range(4):

@@ -79,12 +79,12 @@ def tile_dots(
         here = cell < last * PER
         wide = cell[:, None, None]
         live = here[:, None, None] & real
-        codes = at + code_offset(wide // PER, SCHEME)
+        codes = at + code_offset(wide // PER, blocks, SCHEME)
         if kind(SCHEME) == RAW:
             words = as_words(matrix) + (codes // 4 + wide % PER * 16) + row
             total += _raw_dots(words, live, x, inputs, here, cols, EVEN, SCHEME)
         elif kind(SCHEME) == SIGNED_SCALES:
-            s, s_next = signed_scales(matrix, at, wide, row, live, SCHEME)
+            s, s_next = signed_scales(matrix, at, wide, row, blocks, live, SCHEME)
             words = as_words(matrix) + (codes // 4 + wide % PER * 48) + row
             dots, dots_next = _level_dots(words, live, x, inputs, here, cols, EVEN, SCHEME)
             total += s * dots + s_next * dots_next

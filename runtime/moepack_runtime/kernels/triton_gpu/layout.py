@@ -47,6 +47,12 @@ def span_blocks(scheme: str) -> int:
 
 
 @triton.constexpr_function
+def joins_last(scheme: str) -> bool:
+    """Whether blocks that are left over after full spans belong to the last of these."""
+    return len(SCHEMES[scheme].span_runs(SCHEMES[scheme].span + BLOCK_COLS)) == 1
+
+
+@triton.constexpr_function
 def span_nbytes(scheme: str) -> int:
     """Bytes of a full span."""
     return SCHEMES[scheme].span_nbytes(SCHEMES[scheme].span // BLOCK_COLS)

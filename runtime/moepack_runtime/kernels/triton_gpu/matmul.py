@@ -277,7 +277,7 @@ def _product(
     for start in range(0, blocks * PER, W):
         cell = (start + tl.arange(0, W))[:, None]
         exists = (cell < blocks * PER) & (column < stored)[None, :]
-        codes = at + code_offset(cell // PER, SCHEME)
+        codes = at + code_offset(cell // PER, blocks, SCHEME)
         if kind(SCHEME) == RAW:
             word = tl.load(
                 as_words(matrix) + (codes // 4 + cell % PER * 16) + lines, mask=exists, other=0
@@ -286,7 +286,7 @@ def _product(
                 weight = raw_value(word, part, SCHEME)
                 total = _add(total, inputs + (start * CELL + part * W), weight, live, PRECISION)
         elif kind(SCHEME) == SIGNED_SCALES:
-            first, second = signed_scales(matrix, at, cell, lines, exists, SCHEME)
+            first, second = signed_scales(matrix, at, cell, lines, blocks, exists, SCHEME)
             words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
             a, b, c = three_words(words, exists)
             for k in tl.static_range(4):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from moepack_formats.errors import FormatError
-from moepack_formats.schemes import SCHEMES
+from moepack_formats.schemes import BLOCK_COLS, SCHEMES
 from moepack_runtime.kernels import reference
 from moepack_runtime.kernels.triton_gpu import sizes
 from moepack_runtime.kernels.triton_gpu.engine import TritonEngine
-from tests.runtime.kernels.matrices import packed, relative
+from tests.runtime.kernels.matrices import BLOCKS, packed, relative
 
 ENGINE = TritonEngine()
 NAMES = list(SCHEMES)
@@ -24,6 +24,20 @@ def test_dense_rows_have_the_same_bits(
     scheme, data = SCHEMES[name], packed(SCHEMES[name], *shape).to(device)
     wanted = reference.decode_matrix(data, scheme, shape, torch.float32)
     assert torch.equal(ENGINE.decode(data, scheme, shape, torch.float32), wanted)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if SCHEMES[n].span > BLOCK_COLS])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_rows_of_every_number_of_blocks(device: torch.device, name: str, blocks: int) -> None:
+    """Blocks that fill no span lie where the reference reads them, whatever their number."""
+    scheme, shape = SCHEMES[name], (17, blocks * BLOCK_COLS - 27)
+    data = packed(scheme, *shape).to(device)
+    weight = reference.decode_matrix(data, scheme, shape, torch.float32)
+    assert torch.equal(ENGINE.decode(data, scheme, shape, torch.float32), weight)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, shape[1])
+        got = ENGINE.linear(x.to(device), data, scheme, shape, None)
+        assert relative(got.cpu(), x.double() @ weight.cpu().double().T) < 2e-5, tokens
 
 
 @pytest.mark.parametrize("name", ["q4g128", "bf16"])

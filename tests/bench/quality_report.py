@@ -15,6 +15,7 @@ KQUANTS = ("Q", "IQ")
 COMPARISONS = (
     ("hqq q2g16s4", "hqq-lib q2g64"),
     ("hqq q2g16s4", "Q2_K"),
+    ("hqq q2g16s4", "IQ2_S"),
     ("mixed 2.6 uncalibrated", "Q2_K"),
     ("mixed 2.625 uncalibrated", "Q2_K"),
     ("hqq q2g16s4 + importance", "Q2_K + importance"),

@@ -64,7 +64,7 @@ def test_unsupported_configs(
     assert words in line
     if "model_type" in changes:
         assert "supported are all models whose experts" in line
-        assert "dbrx, llama4, longcat_flash, step3p7" in line
+        assert "dbrx, jetmoe, llama4, longcat_flash, step3p7" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -216,7 +216,7 @@ def test_adapters_work_on_the_meta_device() -> None:
     ("model_type", "options", "what"),
     [
         ("llama", {"intermediate_size": 48}, "no routed experts"),
-        ("jetmoe", {"num_local_experts": 4}, "JetMoe"),
+        ("doge", {"is_moe": True, "num_experts": 16}, "DogeCDMoE"),
     ],
 )
 def test_other_models_are_refused(model_type: str, options: dict[str, Any], what: str) -> None:
@@ -234,7 +234,7 @@ def test_other_models_are_refused(model_type: str, options: dict[str, Any], what
 
 def test_the_undecorated_families_are_not_decorated() -> None:
     # Once transformers decorates one of them, its adapter file has to go.
-    assert undecorated_families() == ["dbrx", "llama4", "longcat_flash", "step3p7"]
-    for family in families.UNDECORATED:
+    assert undecorated_families() == ["dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7"]
+    for family in (*families.UNDECORATED, "jetmoe"):
         model = families.random_model(family)
         assert not any(is_decorated(module) for module in model.modules())

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moepack_runtime.auto_class import auto_class_of
 from moepack_runtime.experts import Compute, ExpertsAdapter, is_decorated
-from tests.more_families import MORE_FAMILIES, small_config
+from tests.more_families import LATENT_ATTENTION, MORE_FAMILIES, small_config
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -30,14 +30,6 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LATENT_ATTENTION = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
 _DEEPSEEK = {
     "moe_intermediate_size": 40,
     "intermediate_size": 48,
@@ -47,7 +39,7 @@ _DEEPSEEK = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
-    **_LATENT_ATTENTION,
+    **LATENT_ATTENTION,
 }
 _LOCAL_EXPERTS = {"intermediate_size": 40, "num_local_experts": 8, "num_experts_per_tok": 2}
 _QWEN = {
@@ -170,7 +162,7 @@ UNDECORATED: dict[str, dict[str, Any]] = {
         "zero_expert_num": 4,
         "moe_topk": 3,
         "head_dim": 8,
-        **_LATENT_ATTENTION,
+        **LATENT_ATTENTION,
     },
     "dbrx": {
         **dict.fromkeys(_COMMON),

@@ -43,7 +43,7 @@ USUAL: dict[str, Any] = {
     "index_n_heads": 2,
     "index_topk": 6,  # fewer than the tests' tokens
 }
-_LATENT = {
+LATENT_ATTENTION = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
@@ -129,12 +129,12 @@ _SMALL_AUDIO = {
 # Keys set to None are left out of the config.
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "aria_text": {},
-    "axk1": {**_LATENT, **_DENSE_FIRST, "n_group": 4, "topk_group": 2},
-    "axk2": {**_LATENT, **_DENSE_FIRST, "gated_norm_rank": 8},
-    "bailing_hybrid": {**_LATENT, **_DENSE_FIRST, **_LINEAR, "num_mtp_layers": 0},
+    "axk1": {**LATENT_ATTENTION, **_DENSE_FIRST, "n_group": 4, "topk_group": 2},
+    "axk2": {**LATENT_ATTENTION, **_DENSE_FIRST, "gated_norm_rank": 8},
+    "bailing_hybrid": {**LATENT_ATTENTION, **_DENSE_FIRST, **_LINEAR, "num_mtp_layers": 0},
     "beam": {**_DENSE_FIRST, **_WINDOWS},
     "cohere2_moe": {**_DENSE_FIRST, **_WINDOWS, "prefix_dense_intermediate_size": 48},
-    "deepseek_v32": {**_LATENT, **_DENSE_FIRST},
+    "deepseek_v32": {**LATENT_ATTENTION, **_DENSE_FIRST},
     "deepseek_v4": {
         "num_key_value_heads": 1,
         "q_lora_rank": 24,
@@ -152,7 +152,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "dots1": _WINDOWS,
     "dots3_note_text": {
-        **_LATENT,
+        **LATENT_ATTENTION,
         **_DENSE_FIRST,
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
         "shared_experts_intermediate_size": 40,
@@ -168,8 +168,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "flex_olmo": {},
     "flint": {**_WINDOWS, "mlp_only_layers": [0]},
     "gemma4_text": _GEMMA4,
-    "glm4_moe_lite": {**_LATENT, **_DENSE_FIRST},
-    "glm_moe_dsa": {**_LATENT, **_DENSE_FIRST, **_INDEXERS},
+    "glm4_moe_lite": {**LATENT_ATTENTION, **_DENSE_FIRST},
+    "glm_moe_dsa": {**LATENT_ATTENTION, **_DENSE_FIRST, **_INDEXERS},
     "granitemoe_swa": _WINDOWS,
     "granitemoehybrid": {
         **_LINEAR,
@@ -180,7 +180,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoeshared": {},
     "hy_v3": _DENSE_FIRST,
-    "hy_v4": {**_LATENT, **_DENSE_FIRST, **_INDEXERS, "hc_mult": 2},
+    "hy_v4": {**LATENT_ATTENTION, **_DENSE_FIRST, **_INDEXERS, "hc_mult": 2},
     "inkling_text": {
         **_DENSE_FIRST,
         **_INKLING,
@@ -193,7 +193,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "n_layers_per_attn_res_block": 2,
     },
     "jetmoe": {"kv_channels": 16, "head_dim": None, "num_attention_heads": None},
-    "kimi_linear": {**_LATENT, **_DENSE_FIRST, **_LINEAR, "q_lora_rank": None},
+    "kimi_linear": {**LATENT_ATTENTION, **_DENSE_FIRST, **_LINEAR, "q_lora_rank": None},
     "kolibri1": _WINDOWS,
     "laguna": {**_DENSE_FIRST, **_WINDOWS, "num_attention_heads_per_layer": [4, 4, 4]},
     "mellum": {**_DENSE_FIRST, **_WINDOWS},
@@ -253,7 +253,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "glm5_next": {
         "text_config": {
             "model_type": "glm5_next_text",
-            **_LATENT,
+            **LATENT_ATTENTION,
             **_DENSE_FIRST,
             "qk_rope_head_dim": 0,
             "hc_mult": 2,
@@ -264,11 +264,11 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {**_SMALL_TOWER, "projection_intermediate_size": 32},
     },
     "mistral3": {  # Mistral Small 4
-        "text_config": {"model_type": "mistral4", **_LATENT},
+        "text_config": {"model_type": "mistral4", **LATENT_ATTENTION},
         "vision_config": _SMALL_PIXTRAL,
     },
     "mistral_large4": {
-        "text_config": {"model_type": "mistral_large4_text", **_LATENT, **_DENSE_FIRST},
+        "text_config": {"model_type": "mistral_large4_text", **LATENT_ATTENTION, **_DENSE_FIRST},
         "vision_config": _SMALL_PIXTRAL,
     },
     "muse_spark": {

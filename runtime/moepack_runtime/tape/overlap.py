@@ -10,12 +10,10 @@ two. Only the order changes, so results are the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from .record import Opaque, Step
+from .record import Opaque, Step, storage, tensors_read
 
 _HEAVY = "packed"
 """What is worth a step of its own to demand early: at least one packed matrix."""
@@ -99,16 +97,16 @@ def _needed_for(
     values: Iterable[Tensor], steps: Sequence[Step], caches: Iterable[int] = ()
 ) -> set[int]:
     """The steps that values, and what is appended to caches, are computed by, by identity."""
-    wanted = {_storage(t) for t in values} | {*caches}
+    wanted = {storage(t) for t in values} | {*caches}
     needed: set[int] = set()
     for step in reversed(steps):
-        made = {_storage(t) for t in step.results}
+        made = {storage(t) for t in step.results}
         # A cache is no tensor of its steps: what attends needs what was appended.
         cache = _cache(step) if _kind(step) == "append" else None
         if wanted.isdisjoint(made) and (cache is None or cache not in wanted):
             continue
         needed.add(id(step))
-        wanted.update(_storage(t) for t in _read(step))
+        wanted.update(storage(t) for t in tensors_read(step))
         if _kind(step) == "attend":
             wanted.add(_cache(step))
     return needed
@@ -116,16 +114,16 @@ def _needed_for(
 
 def _depending_on(values: Iterable[Tensor], steps: Sequence[Step]) -> set[int]:
     """The steps that read a value or what was made of it, by identity."""
-    made = {_storage(t) for t in values}
+    made = {storage(t) for t in values}
     found: set[int] = set()
     for step in steps:
-        reads = {_storage(t) for t in _read(step)}
+        reads = {storage(t) for t in tensors_read(step)}
         if _kind(step) == "attend":
             reads.add(_cache(step))
         if made.isdisjoint(reads):
             continue
         found.add(id(step))
-        made.update(_storage(t) for t in step.results)
+        made.update(storage(t) for t in step.results)
         if _kind(step) == "append":
             made.add(_cache(step))
     return found
@@ -134,10 +132,10 @@ def _depending_on(values: Iterable[Tensor], steps: Sequence[Step]) -> set[int]:
 def _apart(one: Sequence[Step], other: Sequence[Step]) -> bool:
     """Whether no memory that a step writes over is touched by steps of both."""
     touched = [
-        {_storage(t) for step in steps for t in (*_read(step), *step.results)}
+        {storage(t) for step in steps for t in (*tensors_read(step), *step.results)}
         for steps in (one, other)
     ]
-    changed = {_storage(t) for step in (*one, *other) if _mutates(step) for t in step.results}
+    changed = {storage(t) for step in (*one, *other) if _mutates(step) for t in step.results}
     return changed.isdisjoint(touched[0] & touched[1])
 
 
@@ -153,12 +151,3 @@ def _cache(step: Step) -> int:
 
 def _mutates(step: Step) -> bool:
     return not isinstance(step.operation, Opaque) and step.operation._schema.is_mutable
-
-
-def _read(step: Step) -> list[Tensor]:
-    leaves: list[Any] = tree_flatten((step.arguments, step.keywords))[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

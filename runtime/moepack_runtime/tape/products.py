@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from .record import Opaque, Step
+from .record import Opaque, Step, storage, tensors_read
 from .steps import is_floats
 
 aten = torch.ops.aten
@@ -29,15 +28,15 @@ def summed_at_once(
         mutated: Storages that some step writes into after they were made.
         keep: Tensors that somebody else reads.
     """
-    readers = Counter(_storage(t) for step in steps for t in _read(step))
-    readers.update(_storage(t) for t in keep)
+    readers = Counter(storage(t) for step in steps for t in tensors_read(step))
+    readers.update(storage(t) for t in keep)
     products: dict[int, Step] = {}
     dropped: set[int] = set()
     order: list[Step] = []
     for step in steps:
-        if _is_product(step, mutated) and readers[_storage(step.results[0])] == 1:
-            products[_storage(step.results[0])] = step
-        product = products.pop(_storage(step.arguments[0]), None) if _is_sum(step) else None
+        if _is_product(step, mutated) and readers[storage(step.results[0])] == 1:
+            products[storage(step.results[0])] = step
+        product = products.pop(storage(step.arguments[0]), None) if _is_sum(step) else None
         if product is None or product.results[0] is not step.arguments[0]:
             order.append(step)
             continue
@@ -57,7 +56,7 @@ def _is_product(step: Step, mutated: set[int]) -> bool:
     tensors = [*step.arguments, *step.results]
     if not all(isinstance(t, Tensor) for t in tensors):
         return False
-    return is_floats(*tensors) and mutated.isdisjoint(_storage(t) for t in tensors)
+    return is_floats(*tensors) and mutated.isdisjoint(storage(t) for t in tensors)
 
 
 def _is_sum(step: Step) -> bool:
@@ -67,12 +66,3 @@ def _is_sum(step: Step) -> bool:
         and len(step.arguments[1]) == 1
         and is_floats(step.arguments[0])
     )
-
-
-def _read(step: Step) -> list[Tensor]:
-    leaves = tree_flatten((step.arguments, step.keywords))[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

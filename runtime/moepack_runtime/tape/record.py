@@ -57,6 +57,17 @@ class Step:
     results: tuple[Tensor, ...]
 
 
+def tensors_read(step: Step) -> list[Tensor]:
+    """The tensors among a step's arguments."""
+    leaves: list[Any] = tree_flatten((step.arguments, step.keywords))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def storage(tensor: Tensor) -> int:
+    """Address of the memory that a tensor and its views share."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Recorder(TorchDispatchMode):
     """Records what runs inside ``with``; results stay in memory at their addresses.
 

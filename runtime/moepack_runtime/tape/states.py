@@ -48,6 +48,7 @@ class Home:
     def __init__(self, layers: Sequence[LinearAttentionLayer]) -> None:
         self.layers = [_copy(layer) for layer in layers]
         self.tensors = [_get(layer, place) for layer in self.layers for place in _places(layer)]
+        self._shapes = [_shapes(layer) for layer in self.layers]
         self._owners: list[weakref.ref[LinearAttentionLayer] | None] = [None] * len(layers)
 
     def load(self, layers: Sequence[LinearAttentionLayer]) -> None:
@@ -58,9 +59,7 @@ class Home:
 
     def fits(self, layers: Sequence[LinearAttentionLayer]) -> bool:
         """Whether some layers are of the shapes that were recorded."""
-        return len(layers) == len(self.layers) and all(
-            _shapes(mine) == _shapes(layer) for mine, layer in zip(self.layers, layers, strict=True)
-        )
+        return [_shapes(layer) for layer in layers] == self._shapes
 
     def move_in(self, layers: Sequence[LinearAttentionLayer]) -> None:
         """Let some layers, which fit, have their states here from now on."""

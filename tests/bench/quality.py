@@ -6,6 +6,10 @@ Only the experts are quantized, everything else stays as the source has it, so t
 nothing but the experts. Results go to ``docs/quality/NAME.json`` with the sums of every window, and
 ``docs/quality.md`` with its plots is written from all such files. Rows that are there already are
 kept; ``--only`` measures some again.
+
+A network whose channels are put in another order computes the same function, but groups are cut
+along that order, so the error of one order is one draw of many: what it does to the likelihood of a
+text is luck as much as merit. ``--orders N`` quantizes N orders and keeps the mean of each window.
 """
 
 from __future__ import annotations
@@ -157,6 +161,7 @@ class Bench:
             ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
             return torch.tensor(ids[start : start + count])
 
+        self.orders = args.orders
         self.runs = list(windows(ids_of(text, 0, args.windows * length), length))
         self.work = TemporaryDirectory(prefix="moepack-quality-")
         folder = Path(self.work.name) / "calibration"
@@ -204,11 +209,27 @@ class Bench:
         return Variant(name, calibrated, calibrated, round_trip)
 
     def measure(self, variant: Variant) -> dict[str, object]:
-        """One row of the table."""
-        lost = power = bits = weights = seconds = 0.0
+        """One row of the table, the mean of all orders."""
+        sizes = _Sizes()
+        rows = [asdict(self._scores(variant, order, sizes)) for order in range(self.orders)]
+        scores = {
+            key: [sum(values) / self.orders for values in zip(*(r[key] for r in rows), strict=True)]
+            for key in rows[0]
+        }
+        return {
+            "name": variant.name,
+            "calibrated": variant.calibrated,
+            "bits": sizes.bits / sizes.weights,
+            "relative_squared_error": sizes.lost / sizes.power,
+            "parameters_per_second": sizes.weights / sizes.seconds,
+            **scores,
+            "tokens": [len(run) - 1 for run in self.runs],
+        }
+
+    def _scores(self, variant: Variant, seed: int, sizes: _Sizes) -> Scores:
+        """Compare on every window, channels in the order of a seed."""
 
         def experts(layer: int, expert: int, parts: Parts) -> Parts:
-            nonlocal lost, power, bits, weights, seconds
             inputs = None
             if variant.calibrated:
                 adapter = self.mapping.adapters[layer]
@@ -219,28 +240,52 @@ class Bench:
             for name in ("gate", "up", "down"):
                 if name not in parts:
                     continue
-                weight = parts[name].float()
-                start = time.perf_counter()
+                order = channel_order(parts[name].shape[1], seed)
+                weight = parts[name][:, order]
                 moments = None if inputs is None else inputs.of(name)
-                values, size = variant.round_trip((layer, expert, name), parts[name], moments)
-                seconds += time.perf_counter() - start
-                lost += float((values - weight).square().sum())
-                power += float(weight.square().sum())
-                bits, weights = bits + size, weights + weight.numel()
-                changed[name] = values
+                if moments is not None and seed:
+                    moments = _reordered(moments, order)
+                start = time.perf_counter()
+                values, bits = variant.round_trip((layer, expert, name), weight, moments)
+                sizes.add(weight, values, bits, time.perf_counter() - start)
+                changed[name] = values[:, order.argsort()]
             return changed
 
         scores = Scores()
         for run, logits, expected in zip(self.runs, self.run(experts), self.expected, strict=True):
             scores.add(run, logits[0], expected[0])
-        return {
-            "name": variant.name,
-            "calibrated": variant.calibrated,
-            "bits": bits / weights,
-            "relative_squared_error": lost / power,
-            "parameters_per_second": weights / seconds,
-            **asdict(scores),
-        }
+        return scores
+
+
+@dataclass
+class _Sizes:
+    """Sums over all matrices and orders."""
+
+    bits: float = 0.0
+    weights: int = 0
+    lost: float = 0.0
+    power: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, weight: Tensor, values: Tensor, bits: float, seconds: float) -> None:
+        """Count a matrix ``[R, C]`` and what became of it."""
+        self.bits += bits
+        self.weights += weight.numel()
+        self.lost += float((values - weight.float()).square().sum())
+        self.power += float(weight.float().square().sum())
+        self.seconds += seconds
+
+
+def channel_order(columns: int, seed: int) -> Tensor:
+    """``[C]`` int64: the order of a matrix's inputs; that of the source for seed 0."""
+    if seed == 0:
+        return torch.arange(columns)
+    return torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _reordered(inputs: InputMoments, order: Tensor) -> InputMoments:
+    products = None if inputs.products is None else inputs.products[order][:, order]
+    return InputMoments(inputs.squares[order], products, inputs.tokens)
 
 
 def main() -> None:
@@ -251,6 +296,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, default="tests/assets/text/tiny-moe-valid.txt")
     parser.add_argument("--calibrate-tokens", type=int, default=16384)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--orders", type=int, default=1, help="of channels, to take the mean of")
     parser.add_argument("--name", help="of the results; the folder's by default")
     parser.add_argument("--only", nargs="*", help="rows to measure (again), by name")
     parser.add_argument("--skip", nargs="*", default=[], help="rows to leave out, by prefix")
@@ -267,6 +313,8 @@ def _measure(args: argparse.Namespace) -> None:
     path = RESULTS / f"{title}.json"
     done = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = {row["name"]: row for row in done["rows"]}
+    if rows and done.get("orders", 1) != args.orders:
+        sys.exit(f"{path} has rows of {done.get('orders', 1)} orders: give this run a --name")
     named: dict[str, Callable[[Bench], Variant]] = {
         variant.name: lambda _, variant=variant: variant for variant in variants()
     }
@@ -289,6 +337,7 @@ def _measure(args: argparse.Namespace) -> None:
                 "model": title,
                 "text": args.text.name,
                 "calibrated_on": f"{bench.calibration.tokens} tokens of {args.calibrate.name}",
+                "orders": args.orders,
                 "rows": list(rows.values()),
             }
             RESULTS.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,11 @@ lattices, which a kernel has to look up; the grids here cost one multiplication 
 weight. With `--calibrate`, where gptq is the default, the grids win.
 """
 
+ORDERS = """A network whose channels are put in another order computes the same function, but groups of
+weights are cut along that order: the error of one order is one draw of many. Here every figure is
+the mean of {} orders, the source's and random ones, the same for each row.
+"""
+
 
 def perplexity(row: Row) -> tuple[float, float, float]:
     """Lower end, value and upper end."""
@@ -183,8 +188,10 @@ def _model(facts: dict[str, Any]) -> str:
     rows = sorted(facts["rows"], key=lambda row: (width(row), divergence(row).mean))
     first = rows[0]
     source = mean_interval(first["source_nats"], first["tokens"])
+    orders = facts.get("orders", 1)
     lines = [
         f"## {facts['model']}\n",
+        *([ORDERS.format(orders)] if orders > 1 else []),
         f"Measured on {sum(first['tokens'])} tokens of {facts['text']} in {len(first['tokens'])} "
         f"windows, where the source's perplexity is {source.exp()[1]:.2f}; calibrated on "
         f"{facts['calibrated_on']}. The last column is million weights a second of the quantizer "

@@ -186,7 +186,8 @@ class LlamaRunner:
 
 def _serve_llama(file: str, context: int, threads: int, pipe: Connection) -> None:
     """What llama.cpp's process does: one answer for each request, until the other end closes."""
-    os.environ.pop("OMP_WAIT_POLICY", None)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # not what this process chose
+        os.environ.pop(name, None)
     from llama_cpp import Llama
 
     try:

@@ -14,14 +14,14 @@ constexpr int kValuesTogether = 4 * kLanes;
 // first cache.
 constexpr int64_t kTokensTogether = 32;
 
-// Asks for what lies kPrefetch bytes after `count` numbers, up to `end`: what follows are tokens to come.
-template <class V, class T>
+// Asks for what lies kAhead bytes after `count` numbers, up to `end`: what follows are tokens to come.
+template <class T>
 MOEPACK_INLINE void prefetch_rows(const T* rows, int64_t count, const T* end) {
-  constexpr int64_t ahead = kPrefetch / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t left = end - rows - ahead;
   for (int64_t i = 0; i < (count < left ? count : left); i += line)
-    V::prefetch(reinterpret_cast<const uint8_t*>(rows + ahead + i));
+    ask_ahead(rows + i);
 }
 
 template <class V, class T, int ROWS>
@@ -52,7 +52,7 @@ template <class V, class T>
 void dots(const float* query, const T* rows, int64_t width, int64_t count, float* out) {
   int64_t t = 0;
   for (; t + kRowsTogether <= count; t += kRowsTogether) {
-    prefetch_rows<V>(rows + t * width, kRowsTogether * width, rows + count * width);
+    prefetch_rows(rows + t * width, kRowsTogether * width, rows + count * width);
     dot_rows<V, T, kRowsTogether>(query, rows + t * width, width, out + t);
   }
   for (; t < count; ++t) dot_rows<V, T, 1>(query, rows + t * width, width, out + t);
@@ -70,7 +70,7 @@ void weighted_sum(const float* weights, const T* rows, int64_t width, int64_t co
       for (int v = 0; v < vectors; ++v) sums[v] = load_floats<V>(out + i + v * kLanes);
       for (int64_t t = first; t < end; ++t) {
         typename V::Floats weight = V::set(weights[t]);
-        if (i == 0) prefetch_rows<V>(rows + t * width, width, rows + count * width);
+        if (i == 0) prefetch_rows(rows + t * width, width, rows + count * width);
         for (int v = 0; v < vectors; ++v)
           sums[v] = V::fma(load_floats<V>(rows + t * width + i + v * kLanes), weight, sums[v]);
       }

@@ -18,7 +18,6 @@ struct Avx512 {
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
-  static MOEPACK_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(p, _MM_HINT_T0); }
   template <int SHIFT, int MASK> static MOEPACK_INLINE Codes field(Codes c) {
     if constexpr (SHIFT != 0) c = _mm512_srli_epi16(c, SHIFT);
     return _mm512_and_si512(c, _mm512_set1_epi8(MASK));

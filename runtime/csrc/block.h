@@ -222,7 +222,7 @@ uint64_t read_sum(const uint8_t* data, int64_t nbytes) {
   int64_t i = 0;
   for (; i + 512 <= nbytes; i += 512) {
     uint64_t words[64];
-    for (int k = 0; k < 8; ++k) __builtin_prefetch(data + i + 64 * k + kPrefetch);
+    for (int k = 0; k < 8; ++k) ask_ahead(data + i + 64 * k);
     memcpy(words, data + i, 512);
     for (int k = 0; k < 64; ++k) sums[k] += words[k];
   }

@@ -62,8 +62,8 @@ template <bool LEVELS> struct ThreeBits {
   }
 };
 
-template <int LINES> MOEPACK_INLINE void prefetch_lines(const uint8_t* w) {
-  for (int v = 0; v < LINES; ++v) _mm_prefetch(w + 64 * v + kPrefetch, _MM_HINT_T0);
+template <int LINES> MOEPACK_INLINE void ask_for_lines(const uint8_t* w) {
+  for (int v = 0; v < LINES; ++v) ask_ahead(w + 64 * v);
 }
 
 // Bytes of 16 rows, `second` places apart, as the 16-bit halves of the rows' 32 bits.
@@ -92,7 +92,7 @@ template <int N> struct Block<Q2G16S4, N> {
                                  __m512i (*base)[N]) {
     __m512i zero = _mm512_setzero_si512(), codes[4], sum[4][N];
     for (int g = 0; g < 4; ++g) codes[g] = load_once(w + 64 * g);
-    prefetch_lines<4>(w);
+    ask_for_lines<4>(w);
     auto add = [&](int g, int quad, __m512i c) MOEPACK_LAMBDA {
       const int64_t at = col + 16 * g + 4 * quad;
       for (int n = 0; n < N; ++n)
@@ -122,7 +122,7 @@ MOEPACK_INLINE void add_three_bits(const uint8_t* w, const Row* rows, int64_t co
   __m512i v[2][3];
   for (int h = 0; h < 2; ++h)
     for (int i = 0; i < 3; ++i) v[h][i] = load_once(w + 192 * h + 64 * i);
-  prefetch_lines<6>(w);
+  ask_for_lines<6>(w);
   auto add = [&](int h, int quad, __m512i c) MOEPACK_LAMBDA {
     int g = 2 * h + quad / 4;
     for (int n = 0; n < N; ++n)

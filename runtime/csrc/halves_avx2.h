@@ -107,7 +107,7 @@ template <int N> struct HalfBlock<Q2G16S4, N> {
         Both weighed = madd(sums.of[n], scales);
         high[n] = g == 0 ? weighed : add_32(high[n], weighed);
       }
-      _mm_prefetch(w + 64 * g + kPrefetch, _MM_HINT_T0);
+      ask_ahead(w + 64 * g);
     }
     // The minima of the two groups stand side by side, as the sums of the inputs do.
     Both first = spread(bits<4, 15>(small[0])), second = spread(bits<4, 15>(small[1]));
@@ -139,7 +139,7 @@ template <int N> struct HalfBlock<Q3G32S4, N> {
       high[n] = madd(sums.of[n], scales);
       base[n] = madd(minima, broadcast_32(rows[n].qsum16 + col / 16));
     }
-    for (int v = 0; v < 3; ++v) _mm_prefetch(w + 64 * v + kPrefetch, _MM_HINT_T0);
+    for (int v = 0; v < 3; ++v) ask_ahead(w + 64 * v);
   }
 };
 
@@ -177,7 +177,7 @@ template <int N> struct HalfBlock<Q3G16S5, N> {
     upper = bits<4, 12>(c);
     sums += times<N>(look_up(load_twice(kTables.seventh), either(upper, lowest)), rows, col + 28);
     weigh(sums, scales, 1, rows, col, high);
-    for (int v = 0; v < 3; ++v) _mm_prefetch(w + 64 * v + kPrefetch, _MM_HINT_T0);
+    for (int v = 0; v < 3; ++v) ask_ahead(w + 64 * v);
   }
 
  private:

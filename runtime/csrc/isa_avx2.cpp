@@ -33,9 +33,6 @@ struct Avx2 {
     for (int i = 0; i < 2; ++i)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * i), c.a[i]);
   }
-  static MOEPACK_INLINE void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-  }
   template <int SHIFT, int MASK> static MOEPACK_INLINE Codes field(Codes c) {
     __m256i mask = _mm256_set1_epi8(MASK);
     if constexpr (SHIFT == 0) return EACH(Codes, _mm256_and_si256(c.a[i], mask));

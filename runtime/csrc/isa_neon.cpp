@@ -29,7 +29,6 @@ struct Neon {
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) {
     for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, c.a[i]);
   }
-  static MOEPACK_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
   template <int SHIFT, int MASK> static MOEPACK_INLINE Codes field(Codes c) {
     uint8x16_t mask = vdupq_n_u8(MASK);
     if constexpr (SHIFT == 0) return EACH(Codes, vandq_u8(c.a[i], mask));

@@ -25,7 +25,6 @@ struct Portable {
 
   static MOEPACK_INLINE Codes load(const uint8_t* p) { return load_as<Codes>(p); }
   static MOEPACK_INLINE void store_codes(uint8_t* p, Codes c) { memcpy(p, &c, 64); }
-  static MOEPACK_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
   template <int SHIFT, int MASK> static MOEPACK_INLINE Codes field(Codes c) {
     return c >> SHIFT & MASK * 0x01010101u;
   }

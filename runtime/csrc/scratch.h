@@ -41,9 +41,8 @@ class Scratch {
 
 // Asks for the first of some bytes that a thread will go through, which no walk has asked for yet.
 inline void prefetch_start(const void* bytes, int64_t nbytes = INT64_MAX) {
-  constexpr int64_t ahead = 6 << 10;  // what a walk asks for ahead, see tile.h
   auto p = static_cast<const uint8_t*>(bytes);
-  for (int64_t i = 0; i < (nbytes < ahead ? nbytes : ahead); i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < (nbytes < kAhead ? nbytes : kAhead); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // A chunk this small takes a thread about as long as waking another one.

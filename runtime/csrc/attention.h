@@ -14,14 +14,16 @@ constexpr int kValuesTogether = 4 * kLanes;
 // first cache.
 constexpr int64_t kTokensTogether = 32;
 
-// Asks for what lies kAhead bytes after `count` numbers, up to `end`: what follows are tokens to come.
+// While `count` numbers from `at` on are gone through, asks for the same of `next`, which is gone through
+// afterwards; where that is NULL, for what lies kAhead bytes on in these rows. Behind `end` are tokens to
+// come.
 template <class T>
-MOEPACK_INLINE void prefetch_rows(const T* rows, int64_t count, const T* end) {
-  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
+MOEPACK_INLINE void prefetch_rows(const T* rows, int64_t at, int64_t count, int64_t end, const T* next) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  int64_t left = end - rows - ahead;
-  for (int64_t i = 0; i < (count < left ? count : left); i += line)
-    ask_ahead(rows + i);
+  int64_t ahead = next ? 0 : kAhead / static_cast<int64_t>(sizeof(T));
+  const T* from = (next ? next : rows) + at + ahead;
+  int64_t left = end - at - ahead;
+  for (int64_t i = 0; i < (count < left ? count : left); i += line) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <class V, class T, int ROWS>
@@ -47,12 +49,12 @@ MOEPACK_INLINE void dot_rows(const float* query, const T* rows, int64_t width, f
   for (int r = 0; r < ROWS; ++r) out[r] = lanes[r][0];
 }
 
-// out[t] = dot(query[width], rows[t][width])
+// out[t] = dot(query[width], rows[t][width]); next: see prefetch_rows
 template <class V, class T>
-void dots(const float* query, const T* rows, int64_t width, int64_t count, float* out) {
+void dots(const float* query, const T* rows, int64_t width, int64_t count, const T* next, float* out) {
   int64_t t = 0;
   for (; t + kRowsTogether <= count; t += kRowsTogether) {
-    prefetch_rows(rows + t * width, kRowsTogether * width, rows + count * width);
+    prefetch_rows(rows, t * width, kRowsTogether * width, count * width, next);
     dot_rows<V, T, kRowsTogether>(query, rows + t * width, width, out + t);
   }
   for (; t < count; ++t) dot_rows<V, T, 1>(query, rows + t * width, width, out + t);
@@ -60,7 +62,8 @@ void dots(const float* query, const T* rows, int64_t width, int64_t count, float
 
 // out[width] = sum over t of weights[t] * rows[t][width]
 template <class V, class T>
-void weighted_sum(const float* weights, const T* rows, int64_t width, int64_t count, float* out) {
+void weighted_sum(const float* weights, const T* rows, int64_t width, int64_t count, const T* next,
+                  float* out) {
   constexpr int vectors = kValuesTogether / kLanes;
   memset(out, 0, static_cast<size_t>(width) * 4);
   for (int64_t first = 0; first < count; first += kTokensTogether) {
@@ -70,7 +73,7 @@ void weighted_sum(const float* weights, const T* rows, int64_t width, int64_t co
       for (int v = 0; v < vectors; ++v) sums[v] = load_floats<V>(out + i + v * kLanes);
       for (int64_t t = first; t < end; ++t) {
         typename V::Floats weight = V::set(weights[t]);
-        if (i == 0) prefetch_rows(rows + t * width, width, rows + count * width);
+        if (i == 0) prefetch_rows(rows, t * width, width, count * width, next);
         for (int v = 0; v < vectors; ++v)
           sums[v] = V::fma(load_floats<V>(rows + t * width + i + v * kLanes), weight, sums[v]);
       }

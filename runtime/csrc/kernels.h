@@ -81,13 +81,14 @@ struct Kernels {
   // out[n] += scale * a[n]
   void (*add_scaled)(const float* a, float scale, float* out, int64_t n);
   // A query and cached keys, scores and cached values; see attention.h. `half`: of float16.
-  void (*dots)(const float* query, const float* rows, int64_t width, int64_t count, float* out);
+  void (*dots)(const float* query, const float* rows, int64_t width, int64_t count,
+               const float* next, float* out);
   void (*dots_half)(const float* query, const uint16_t* rows, int64_t width, int64_t count,
-                    float* out);
+                    const uint16_t* next, float* out);
   void (*weighted_sum)(const float* weights, const float* rows, int64_t width, int64_t count,
-                       float* out);
+                       const float* next, float* out);
   void (*weighted_sum_half)(const float* weights, const uint16_t* rows, int64_t width,
-                            int64_t count, float* out);
+                            int64_t count, const uint16_t* next, float* out);
   // To float16. False where a number is none or too large, and `out` is worth nothing then.
   bool (*to_half)(const float* a, int64_t n, uint16_t* out);
 };

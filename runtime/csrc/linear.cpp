@@ -33,18 +33,16 @@ int32_t moepack_linear(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
   });
   int64_t tiles = ceil_div(rows, kTileRows), blocks = ceil_div(cols, kBlockCols);
   int64_t tile_nbytes = kFormats[scheme].tile_nbytes(cols);
-  int64_t each = chunk_pieces(tile_nbytes, tiles, threads);
-  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
+  for_ranges(threads, tiles, range_pieces(tile_nbytes, tiles, threads), [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;
     int64_t most = std::min(tokens, kPanelTokens);
     own.reset(Scratch::rounded(most * kTileRows * 4) +
               inputs.buffer_nbytes(scheme, int8, blocks, most));
     float* out = own.take<float>(most * kTileRows);
     uint8_t* buffer = own.take<uint8_t>(0);
-    int64_t end = std::min(tiles, (chunk + 1) * each);
-    // Tokens outermost: what a chunk reads of them stays in the second cache.
+    // Tokens outermost: what a range reads of them stays in the second cache.
     for (int64_t t = 0; t < tokens; t += kPanelTokens)
-      for (int64_t tile = chunk * each; tile < end; ++tile) {
+      for (int64_t tile = begin; tile < end; ++tile) {
         int64_t here = std::min(kPanelTokens, tokens - t);
         inputs.walk(scheme, int8, packed + tile * tile_nbytes, blocks, t, here, buffer, out,
                     kTileRows);
@@ -69,13 +67,11 @@ int32_t moepack_decode(int32_t scheme, const uint8_t* packed, int64_t nbytes, in
     if (tile < 0 || (tile + 1) * tile_nbytes > nbytes) return MOEPACK_SHORT_BUFFER;
   }
   auto decode = kernels().decode_tile[scheme];
-  int64_t each = chunk_pieces(tile_nbytes, count, threads);
-  for_chunks(threads, ceil_div(count, each), [&](int64_t chunk) {
+  for_ranges(threads, count, range_pieces(tile_nbytes, count, threads), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     scratch.reset(kTileRows * cols * 4);
     float* values = scratch.take<float>(kTileRows * cols);
-    int64_t end = (chunk + 1) * each < count ? (chunk + 1) * each : count;
-    for (int64_t i = chunk * each; i < end; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const uint8_t* w = packed + (tiles ? tiles[i] : i) * tile_nbytes;
       int64_t first = i * kTileRows, left = rows_out - first;
       int64_t rows = left < kTileRows ? left : kTileRows;

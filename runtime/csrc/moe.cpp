@@ -151,25 +151,24 @@ int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* con
   int64_t blocks = ceil_div(intermediate, kBlockCols), units = count * blocks;
   nbytes = 0;
   for (int64_t e = 0; e < count; ++e) nbytes += layouts[e]->down - layouts[e]->first;
-  int64_t each = count == 0 ? 1 : chunk_pieces(ceil_div(nbytes, units), units, threads);
-  for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
-    int64_t end = (chunk + 1) * each < units ? (chunk + 1) * each : units;
-    for (int64_t u = chunk * each; u < end; ++u) {
+  int64_t most = count == 0 ? 1 : range_pieces(ceil_div(nbytes, units), units, threads);
+  for_ranges(threads, units, most, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
       int64_t e = u / blocks;
       if (u + 1 < units && (u + 1) / blocks != e) prefetch_start(records[e + 1] + layouts[e + 1]->first);
       intermediate_block(layer, e, u % blocks, input, hs[e], 1);
     }
   });
-  // A chunk reads one expert's bytes in a row; what experts give is summed afterwards in their order, the
+  // A range is one expert's bytes in a row; what experts give is summed afterwards in their order, the
   // same bits for any number of threads.
   float* to = outputs ? outputs : scratch_outputs;
   int64_t tiles = ceil_div(hidden, kTileRows), tile_nbytes = 0;
   units = count * tiles;
   for (int64_t e = 0; e < count; ++e)
     tile_nbytes += kFormats[layouts[e]->down_scheme].tile_nbytes(intermediate);
-  each = count == 0 ? 1 : chunk_pieces(tile_nbytes / count, units, threads);
-  for_chunks(threads, ceil_div(units, each), [&](int64_t chunk) {
-    for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); ++u) {
+  most = count == 0 ? 1 : range_pieces(tile_nbytes / count, units, threads);
+  for_ranges(threads, units, most, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
       int64_t e = u / tiles, t = u % tiles;
       if (t + 1 == tiles && e + 1 < count) prefetch_start(records[e + 1] + layouts[e + 1]->down);
       const float* out = down_tile(layer, e, t, hs[e], 1);
@@ -220,9 +219,9 @@ int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layou
     intermediate_block(layer, 0, block, inputs, h, count);
   });
   int64_t tiles = ceil_div(hidden, kTileRows);
-  int64_t each = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
-  for_chunks(threads, ceil_div(tiles, each), [&](int64_t chunk) {
-    for (int64_t t = chunk * each; t < std::min(tiles, (chunk + 1) * each); ++t) {
+  int64_t most = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
+  for_ranges(threads, tiles, most, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
       const float* out = down_tile(layer, 0, t, h, count);
       int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
       for (int64_t i = 0; i < count; ++i) {

@@ -80,20 +80,28 @@ bool append(const moepack_step& s) {
   return true;
 }
 
+// Keys, or values, of one head that stay in the second cache until they are used.
+constexpr int64_t kAttendAhead = 128 << 10;
+
+// What attention reads and kernels().dots and weighted_sum, in the cache's precision.
+template <class T> struct Cached {
+  const T *keys, *values;
+  void (*dots)(const float*, const T*, int64_t, int64_t, const T*, float*);
+  void (*weighted_sum)(const float*, const T*, int64_t, int64_t, const T*, float*);
+};
+
 // Queries that share a key are consecutive heads. The window, where there is one, is number[1];
 // a sink (data[3]) is one more score a head, without a value; scalar[1] bounds scores by tanh.
-void attend(const moepack_step& s, int32_t threads) {
+template <class T> void attend(const moepack_step& s, const Cached<T>& cached, int32_t threads) {
   const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
   int64_t heads = s.number[0], group = heads / kv.heads, window = s.number[1], end = kv.end + 1;
   int64_t begin = window > 0 && end > window ? end - window : 0, count = end - begin;
   float scale = static_cast<float>(s.scalar[0]), cap = static_cast<float>(s.scalar[1]);
   const float* sinks = floats(s, 3);
-  const Kernels& k = kernels();
-  auto keys = static_cast<const float*>(kv.keys), values = static_cast<const float*>(kv.values);
-  auto half_keys = static_cast<const uint16_t*>(kv.keys);
-  auto half_values = static_cast<const uint16_t*>(kv.values);
-  int64_t size = kv.half ? 2 : 4;
-  auto at = [&](const void* cache, int64_t i) { return static_cast<const uint8_t*>(cache) + i * size; };
+  int64_t keys_nbytes = count * kv.key_width * static_cast<int64_t>(sizeof(T));
+  int64_t values_nbytes = count * kv.value_width * static_cast<int64_t>(sizeof(T));
+  // Memory is asked for values while a head's keys are gone through, for the next keys while its values are.
+  bool in_turns = keys_nbytes <= kAttendAhead && kv.key_width == kv.value_width;
   int64_t each = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
   for_chunks(threads, ceil_div(heads, each), [&](int64_t chunk) {
     static thread_local std::vector<float> scores, query;
@@ -105,26 +113,37 @@ void attend(const moepack_step& s, int32_t threads) {
       for (int64_t i = 0; i < kv.key_width; ++i)
         query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
       int64_t first = h / group * kv.capacity + begin;
-      int64_t key = first * kv.key_width, value = first * kv.value_width;
-      if (h == chunk * each) prefetch_start(at(kv.keys, key), count * kv.key_width * size);
-      prefetch_start(at(kv.values, value), count * kv.value_width * size);
-      if (kv.half) k.dots_half(query.data(), half_keys + key, kv.key_width, count, scores.data());
-      else k.dots(query.data(), keys + key, kv.key_width, count, scores.data());
+      const T *keys = cached.keys + first * kv.key_width;
+      const T *values = cached.values + first * kv.value_width;
+      bool other = h + 1 < last && (h + 1) % group == 0;  // keys come next
+      const T* next = keys + kv.capacity * kv.key_width;
+      if (h == chunk * each) prefetch_start(keys, keys_nbytes);
+      if (!in_turns) prefetch_start(values, values_nbytes);
+      cached.dots(query.data(), keys, kv.key_width, count, in_turns ? values : nullptr, scores.data());
       for (int64_t t = 0; t < count; ++t) {
         float& score = scores[static_cast<size_t>(t)];
         score *= scale;
         if (cap > 0) score = cap * std::tanh(score / cap);
       }
       if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
-      k.softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
-      if (h + 1 < last && (h + 1) % group == 0)
-        prefetch_start(at(kv.keys, key + kv.capacity * kv.key_width), count * kv.key_width * size);
-      float* out = floats(s, 0) + h * s.stride[0][0];
-      if (kv.half)
-        k.weighted_sum_half(scores.data(), half_values + value, kv.value_width, count, out);
-      else k.weighted_sum(scores.data(), values + value, kv.value_width, count, out);
+      kernels().softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
+      if (other && !in_turns) prefetch_start(next, keys_nbytes);
+      cached.weighted_sum(scores.data(), values, kv.value_width, count,
+                          other && in_turns ? next : nullptr, floats(s, 0) + h * s.stride[0][0]);
     }
   });
+}
+
+void attend(const moepack_step& s, int32_t threads) {
+  const moepack_kv& kv = *static_cast<const moepack_kv*>(s.extra);
+  const Kernels& k = kernels();
+  if (kv.half)
+    attend(s, Cached<uint16_t>{static_cast<const uint16_t*>(kv.keys),
+                               static_cast<const uint16_t*>(kv.values), k.dots_half,
+                               k.weighted_sum_half}, threads);
+  else
+    attend(s, Cached<float>{static_cast<const float*>(kv.keys), static_cast<const float*>(kv.values),
+                            k.dots, k.weighted_sum}, threads);
 }
 
 // See moepack_latent: the query goes to the latents, and the sum of latents becomes a value.
@@ -136,13 +155,13 @@ void attend_latent(const moepack_step& s, int32_t threads) {
   const Kernels& k = kernels();
   auto dots = [&](const float* x, const void* rows, int64_t at, bool half, int64_t width, int64_t n,
                   float* out) {
-    if (half) k.dots_half(x, static_cast<const uint16_t*>(rows) + at, width, n, out);
-    else k.dots(x, static_cast<const float*>(rows) + at, width, n, out);
+    if (half) k.dots_half(x, static_cast<const uint16_t*>(rows) + at, width, n, nullptr, out);
+    else k.dots(x, static_cast<const float*>(rows) + at, width, n, nullptr, out);
   };
   auto sum = [&](const float* weights, const void* rows, int64_t at, bool half, int64_t width,
                  int64_t n, float* out) {
-    if (half) k.weighted_sum_half(weights, static_cast<const uint16_t*>(rows) + at, width, n, out);
-    else k.weighted_sum(weights, static_cast<const float*>(rows) + at, width, n, out);
+    if (half) k.weighted_sum_half(weights, static_cast<const uint16_t*>(rows) + at, width, n, nullptr, out);
+    else k.weighted_sum(weights, static_cast<const float*>(rows) + at, width, n, nullptr, out);
   };
   for_chunks(threads, s.number[0], [&](int64_t h) {
     static thread_local std::vector<float> query, mixed, scores, turned;

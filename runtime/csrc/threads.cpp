@@ -22,6 +22,7 @@ namespace moepack {
 namespace {
 
 using std::chrono::microseconds;
+using Body = void (*)(void*, int64_t, int64_t);
 
 // Longer than what torch does between two packed matrices of a layer, shorter than a token.
 constexpr microseconds kSpin{100};
@@ -55,18 +56,19 @@ class Pool {
     return workers_ + 1 < threads ? workers_ + 1 : threads;
   }
 
-  void run(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data) {
+  void run(int threads, int64_t units, int64_t most, Body body, void* data) {
     std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
     if (!alone) {  // another Python thread has the workers
-      for (int64_t c = 0; c < chunks; ++c) body(data, c);
+      body(data, 0, units);
       return;
     }
     add_workers(threads);
     body_ = body, data_ = data;
+    most_.store(most, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     int64_t shares = threads < kShares ? threads : kShares;
     for (int64_t i = 0; i < shares; ++i)
-      shares_[i].left.store(range(chunks * i / shares, chunks * (i + 1) / shares));
+      shares_[i].left.store(range(units * i / shares, units * (i + 1) / shares));
     uint64_t number = (job_.load(std::memory_order_relaxed) >> 32) + 1;
     job_.store(number << 32 | static_cast<uint64_t>(threads));
     if (asleep_.load()) {
@@ -74,7 +76,7 @@ class Pool {
       wake_.notify_all();
     }
     take(0, threads);
-    auto finished = [&] { return done_.load(std::memory_order_acquire) == chunks; };
+    auto finished = [&] { return done_.load(std::memory_order_acquire) == units; };
     while (!spin(finished, microseconds(50))) std::this_thread::yield();
   }
 
@@ -92,7 +94,7 @@ class Pool {
     }
   }
 
-  // Chunks that a thread goes through from front to back, so that it reads memory in a row; who has
+  // Units that a thread goes through from front to back, so that it reads memory in a row; who has
   // none left takes another thread's from behind.
   struct alignas(64) Share {
     std::atomic<uint64_t> left{0};  // range(first, end)
@@ -104,16 +106,23 @@ class Pool {
   }
   static int threads_of(uint64_t job) { return static_cast<int>(static_cast<uint32_t>(job)); }
 
-  // Takes a chunk, -1 if there is none. Success says that the job in body_ and data_ is the one that
-  // the share is of, whichever that was when the share was looked at first, and it stays so until this
-  // chunk is counted in done_.
-  static int64_t take_from(Share& share, bool own) {
+  struct Range {
+    int64_t first, end;
+  };
+
+  // Takes some units: at most half of what is left, but one. Success says that the job in body_ and data_
+  // is the one that the share is of, whichever that was when the share was looked at first, and it stays
+  // so until these units are counted in done_.
+  Range take_from(Share& share, bool own) {
     uint64_t left = share.left.load();
     for (;;) {
-      uint32_t first = static_cast<uint32_t>(left >> 32), end = static_cast<uint32_t>(left);
-      if (first >= end) return -1;
-      uint64_t rest = own ? range(first + 1, end) : range(first, end - 1);
-      if (share.left.compare_exchange_weak(left, rest)) return own ? first : end - 1;
+      int64_t first = static_cast<uint32_t>(left >> 32), end = static_cast<uint32_t>(left);
+      if (first >= end) return {0, 0};
+      int64_t count = (end - first + 1) / 2, most = most_.load(std::memory_order_relaxed);
+      count = count < most ? count : most;
+      Range taken = own ? Range{first, first + count} : Range{end - count, end};
+      uint64_t rest = own ? range(taken.end, end) : range(first, taken.first);
+      if (share.left.compare_exchange_weak(left, rest)) return taken;
     }
   }
 
@@ -121,10 +130,10 @@ class Pool {
     int64_t shares = threads < kShares ? threads : kShares;
     for (int64_t i = 0; i < shares; ++i)
       for (;;) {
-        int64_t chunk = take_from(shares_[(id + i) % shares], i == 0);
-        if (chunk < 0) break;
-        body_(data_, chunk);
-        done_.fetch_add(1, std::memory_order_release);
+        Range units = take_from(shares_[(id + i) % shares], i == 0);
+        if (units.first == units.end) break;
+        body_(data_, units.first, units.end);
+        done_.fetch_add(units.end - units.first, std::memory_order_release);
       }
   }
 
@@ -147,10 +156,10 @@ class Pool {
   std::condition_variable wake_;
   Share shares_[kShares];
   std::atomic<uint64_t> job_{0};  // its number << 32 | threads that compute
-  std::atomic<int64_t> done_{0};
+  std::atomic<int64_t> done_{0}, most_{1};  // units that are done, and that are taken at once
   std::atomic<int> asleep_{0};
   int workers_ = 0;
-  void (*body_)(void*, int64_t) = nullptr;
+  Body body_ = nullptr;
   void* data_ = nullptr;
 };
 
@@ -171,12 +180,9 @@ Pool& own_pool() {
 
 int start_threads(int threads) { return own_pool().start(threads); }
 
-void run_chunks(int threads, int64_t chunks, void (*body)(void*, int64_t), void* data) {
-  if (threads <= 1 || chunks <= 1) {
-    for (int64_t c = 0; c < chunks; ++c) body(data, c);
-  } else {
-    own_pool().run(threads, chunks, body, data);
-  }
+void run_ranges(int threads, int64_t units, int64_t most, Body body, void* data) {
+  if (threads > 1 && units > 1) own_pool().run(threads, units, most, body, data);
+  else if (units > 0) body(data, 0, units);
 }
 
 }  // namespace moepack

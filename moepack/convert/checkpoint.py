@@ -15,9 +15,10 @@ from huggingface_hub import constants
 
 from moepack.convert.folder_source import FolderCheckpoint
 from moepack.convert.gptq import GPTQCheckpoint
-from moepack.convert.gptq_settings import GPTQSettings, gptq_settings
+from moepack.convert.gptq_settings import GPTQSettings
 from moepack.convert.hub_source import download, download_small_files
 from moepack.convert.source_files import read_config
+from moepack.convert.source_quantization import source_settings
 from moepack.convert.streamed_source import StreamedCheckpoint
 from moepack_formats.errors import MoepackError, UsageError
 from moepack_formats.manifest import Source
@@ -182,4 +183,4 @@ def _settings(folder: Path) -> GPTQSettings | None:
         raise UsageError(
             "this is already a pack", where=folder, remedy="convert the original checkpoint"
         )
-    return gptq_settings(config, folder)
+    return source_settings(config, folder)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from moepack.convert.bitstream import unpack_bits
 from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.gptq_codes import decode_zeros, unpack_bits
+from moepack.convert.gptq_codes import decode_zeros
 from moepack.convert.gptq_settings import GPTQSettings
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 

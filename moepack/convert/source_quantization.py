@@ -9,15 +9,18 @@ from typing import Any
 
 from moepack_formats.errors import UsageError
 
+from .compressed_settings import CompressedSettings, parse_compressed
 from .gptq_settings import GPTQSettings, parse_gptq
 from .source_files import read_json
 
 KEPT_METHODS = ("fp8", "mxfp4")  # dequantized later, by transformers' own weight conversion
 
+Settings = GPTQSettings | CompressedSettings
+
 _KEYS = ("quantization_config", "compression_config")
 
 
-def source_settings(config: Mapping[str, Any], folder: Path) -> GPTQSettings | None:
+def source_settings(config: Mapping[str, Any], folder: Path) -> Settings | None:
     """Read how a checkpoint is quantized.
 
     Args:
@@ -53,15 +56,17 @@ def _method(found: Mapping[str, Any]) -> str:
     return str(method)
 
 
-def _settings(found: Mapping[str, Any], method: str, where: Path) -> GPTQSettings | None:
+def _settings(found: Mapping[str, Any], method: str, where: Path) -> Settings | None:
     if method in KEPT_METHODS:
         return None
     if method == "gptq":
         return parse_gptq(found, where)
+    if method == "compressed-tensors":
+        return parse_compressed(found, where)
     raise UsageError(
         "the weights are quantized in a way that is not supported",
         where=where,
-        wanted="unquantized, gptq, " + ", ".join(KEPT_METHODS),
+        wanted="unquantized, gptq, compressed-tensors, " + ", ".join(KEPT_METHODS),
         got=method,
         remedy="convert the unquantized checkpoint instead",
     )

@@ -103,11 +103,10 @@ def test_calibration_evaluation_and_plans(command: Command, tmp_path: Path) -> N
 # --- Kimi-K2 -------------------------------------------------------------------------------------
 
 
-def kimi(root: Path) -> tuple[Path, Path]:
+def kimi(root: Path, **sizes: Any) -> tuple[Path, Path]:
     """Checkpoints as Kimi-K2's: of DeepSeek-V3's architecture, with a name and code of its own."""
-    compressed, plain = both(
-        root, "deepseek_v3", KIMI, moe_intermediate_size=64, n_group=1, topk_group=1
-    )
+    sizes |= {"moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+    compressed, plain = both(root, "deepseek_v3", KIMI, **sizes)
     edit_json(
         compressed / "config.json",
         model_type="kimi_k2",
@@ -154,3 +153,26 @@ def test_a_type_that_transformers_does_not_know(command: Command, tmp_path: Path
     result = command("convert", compressed, tmp_path / "out")
     assert result.code == 2
     assert "transformers does not know this model type (got 'kimi_k3')" in result.err
+
+
+def test_a_tokenizer_that_names_code(command: Command, tmp_path: Path) -> None:
+    folders = kimi(tmp_path, vocab_size=4096)
+    for folder in folders:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY / name, folder)
+        (folder / "tiktoken.model").write_text("AA== 0\n")
+    named = folders[0] / "tokenizer_config.json"
+    edit_json(named, auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]})
+    calibrate = ("--calibrate", TEXT, "--calibrate-tokens", 300)
+    one, other = packs_of(command, folders, "--expert-bits", 3, *calibrate)
+    assert "tiktoken.model" in one
+    for name in ("config.json", "tokenizer_config.json"):
+        del one[name], other[name]  # they are written anew where they named code
+    assert one == other
+    # Without the file that stands in for the code.
+    (folders[0] / "tokenizer.json").unlink()
+    (folders[0] / "tiktoken.model").unlink()
+    result = command("convert", folders[0], tmp_path / "out", *calibrate)
+    assert result.code == 2
+    assert "the tokenizer without the code that comes with it" in result.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -19,11 +19,11 @@ from torch import Tensor
 from moepack.quant import InputAwareQuantizer, Quantizer, get_quantizer
 from moepack_formats import osio
 from moepack_formats.errors import UsageError
-from moepack_runtime.loading import load_tokenizer
 
 from .calibration import FOLDER_NAME, Calibration, record
 from .mixed import Losses, measure, mix
 from .plan import ConversionPlan, with_layers
+from .source_tokenizer import source_tokenizer
 
 if TYPE_CHECKING:
     from .run import Progress
@@ -73,13 +73,14 @@ def calibration_ids(plan: ConversionPlan) -> Tensor | None:
     """The tokens of the calibration text, ``[T]`` int64; None without one. Nothing is written.
 
     Raises:
-        UsageError: The source has no tokenizer, or the text is too short or not UTF-8.
+        UsageError: The source has no tokenizer, or one that is code, or the text is too short or
+            not UTF-8.
         ResourceError: The text cannot be read.
     """
     text = plan.options.calibrate
     if text is None:
         return None
-    tokenizer = load_tokenizer(plan.checkpoint.folder)
+    tokenizer = source_tokenizer(plan)
     if tokenizer is None:
         raise UsageError("the source has no tokenizer", where=plan.checkpoint.folder)
     try:

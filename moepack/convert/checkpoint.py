@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import constants
 
+from moepack.convert.compressed import CompressedCheckpoint
+from moepack.convert.compressed_settings import CompressedSettings
 from moepack.convert.folder_source import FolderCheckpoint
 from moepack.convert.gptq import GPTQCheckpoint
-from moepack.convert.gptq_settings import GPTQSettings, gptq_settings
 from moepack.convert.hub_source import download, download_small_files
 from moepack.convert.source_files import read_config
+from moepack.convert.source_quantization import Settings, source_settings
 from moepack.convert.streamed_source import StreamedCheckpoint
 from moepack_formats.errors import MoepackError, UsageError
 from moepack_formats.manifest import Source
@@ -108,7 +110,7 @@ def open_checkpoint(
             whole checkpoint is downloaded into the Hub cache.
 
     Returns:
-        The checkpoint. GPTQ weights appear as plain float16 ``X.weight`` tensors.
+        The checkpoint. GPTQ and compressed-tensors weights appear as plain ``X.weight`` tensors.
 
     Raises:
         UsageError: `src` is neither, or its weights are in a form that is not supported.
@@ -172,14 +174,18 @@ def _open_folder(folder: Path, repo_id: str | None = None) -> Checkpoint:
     return _dequantized(FolderCheckpoint(folder, repo_id=repo_id), _settings(folder))
 
 
-def _dequantized(plain: FolderCheckpoint, settings: GPTQSettings | None) -> Checkpoint:
-    return plain if settings is None else GPTQCheckpoint(plain, settings)
+def _dequantized(plain: FolderCheckpoint, settings: Settings | None) -> Checkpoint:
+    if settings is None:
+        return plain
+    if isinstance(settings, CompressedSettings):
+        return CompressedCheckpoint(plain, settings)
+    return GPTQCheckpoint(plain, settings)
 
 
-def _settings(folder: Path) -> GPTQSettings | None:
+def _settings(folder: Path) -> Settings | None:
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         raise UsageError(
             "this is already a pack", where=folder, remedy="convert the original checkpoint"
         )
-    return gptq_settings(config, folder)
+    return source_settings(config, folder)

@@ -33,7 +33,8 @@ def dequantizer(config: dict[str, Any]) -> Any:
         "this kind of quantized checkpoint cannot be converted",
         where="config.json",
         got=f"quant_method {method!r}",
-        remedy="use the unquantized checkpoint, or one in FP8, MXFP4 or GPTQ form",
+        remedy="use the unquantized checkpoint, or one in FP8, MXFP4, GPTQ or "
+        "compressed-tensors form",
     )
     try:
         parsed = AutoQuantizationConfig.from_dict(settings)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moepack.convert.model_types import known_as
 from moepack.convert.source_files import (
     INDEX_SUFFIX,
     PICKLE_SUFFIXES,
@@ -100,6 +101,7 @@ class FolderCheckpoint:
         self._entries: dict[str, ShardEntry] = {}
         self._files: dict[str, tuple[Path, _Stamp]] = {}
         self._load()
+        self._note_model_type()
         self._note_ignored()
         self.source = read_source(self.folder, repo_id)
 
@@ -243,6 +245,11 @@ class FolderCheckpoint:
                 )
             for start in range(0, len(view), READ_CAP):
                 read_at(file.fileno(), view[start : start + READ_CAP], offset + start, where)
+
+    def _note_model_type(self) -> None:
+        model_type = self.config.get("model_type")
+        if (known := known_as(model_type)) is not None:
+            self.notices.append(f"model type {model_type} is read as {known}, the same model")
 
     def _note_ignored(self) -> None:
         names = self._file_names()

@@ -1,8 +1,7 @@
-"""What a checkpoint's config says of its quantization: GPTQ is read, FP8 and MXFP4 pass."""
+"""What the config of a GPTQ checkpoint says of its quantization."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,8 @@ from typing import Any
 
 from moepack_formats.errors import UsageError
 
-from .source_files import read_json
-
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
-KEPT_METHODS = ("fp8", "mxfp4")  # dequantized later, by transformers' own weight conversion
 
 _WORDWISE_INT3_UNTIL = (6, 1)  # the version of GPTQModel that stored them otherwise
 
@@ -40,53 +36,16 @@ class GPTQSettings:
     wordwise_int3: bool = False
 
 
-def gptq_settings(config: Mapping[str, Any], folder: Path) -> GPTQSettings | None:
-    """Read how a checkpoint is quantized.
+def parse_gptq(found: Mapping[str, Any], where: Path) -> GPTQSettings:
+    """Read a GPTQ ``quantization_config``.
 
     Args:
-        config: The content of ``config.json``.
-        folder: The checkpoint's folder; AutoGPTQ put ``quantize_config.json`` there.
-
-    Returns:
-        The settings of a GPTQ checkpoint; None when the checkpoint is not quantized, or in a way
-        that is dequantized later.
+        found: Its content.
+        where: The file it is in, for messages.
 
     Raises:
-        UsageError: It is quantized in a way that is not supported.
+        UsageError: It is a form of GPTQ that is not supported.
     """
-    text = config.get("text_config")
-    for owner in (config, text if isinstance(text, Mapping) else {}):
-        for name in ("quantization_config", "compression_config"):
-            found = owner.get(name)
-            if found is None:
-                continue
-            if not isinstance(found, Mapping):
-                raise UsageError(f"{name} is not an object", where=folder / "config.json")
-            return _settings(found, _method(found), folder / "config.json")
-    if os.path.lexists(folder / "quantize_config.json"):
-        found = read_json(folder, "quantize_config.json")
-        return _settings(found, str(found.get("quant_method") or "gptq"), folder)
-    return None
-
-
-def _method(found: Mapping[str, Any]) -> str:
-    method = found.get("quant_method")
-    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        return "bitsandbytes"
-    return str(method)
-
-
-def _settings(found: Mapping[str, Any], method: str, where: Path) -> GPTQSettings | None:
-    if method in KEPT_METHODS:
-        return None
-    if method != "gptq":
-        raise UsageError(
-            "the weights are quantized in a way that is not supported",
-            where=where,
-            wanted="unquantized, gptq, " + ", ".join(KEPT_METHODS),
-            got=method,
-            remedy="convert the unquantized checkpoint instead",
-        )
     form = found.get("checkpoint_format") or found.get("format") or "gptq"
     if found.get("is_marlin_format"):
         form = "marlin"
@@ -122,11 +81,3 @@ def _wrote_wordwise_int3(meta: object) -> bool:
         if found := re.match(r"gptqmodel:(\d+)\.(\d+)", str(name)):
             return (int(found[1]), int(found[2])) < _WORDWISE_INT3_UNTIL
     return False
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``config.json`` as an unquantized checkpoint would have it."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(text := plain.get("text_config"), Mapping):
-        plain["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    return plain

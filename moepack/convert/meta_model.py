@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moepack.convert.checkpoint import Checkpoint
+from moepack.convert.model_types import known_as
 from moepack_formats.errors import UsageError
 from moepack_runtime.auto_class import auto_class_of
 from moepack_runtime.config_guard import without_references
@@ -69,6 +70,8 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     options.pop("quantization_config", None)
     options, _ = without_references(options)
     model_type = options.get("model_type")
+    if (known := known_as(model_type)) is not None:
+        model_type = options["model_type"] = known
     if model_type == "moepack":
         raise UsageError(
             "this is already a pack", where="config.json", remedy="convert the original checkpoint"

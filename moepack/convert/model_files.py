@@ -21,6 +21,7 @@ _COPIED = (
     "tokenizer.model",
     "tokenizer.model.v3",
     "tekken.json",
+    "tiktoken.model",
     "spiece.model",
     "sentencepiece.bpe.model",
     "vocab.json",
@@ -49,20 +50,32 @@ def write_model_files(plan: ConversionPlan, out: Path) -> tuple[list[str], list[
         Names of the files written, and one line for each thing that was left out.
     """
     config, notices = pack_config(plan)
-    written = {"config.json": _json(config)}
-    source = plan.checkpoint.folder
+    files, dropped = tokenizer_files(plan.checkpoint.folder)
+    notices.extend(dropped)
+    written = {"config.json": _json(config), **files}
+    for name, data in written.items():
+        osio.write_file(out / name, data)
+    return sorted(written), notices
+
+
+def tokenizer_files(source: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The small files of a source that go into a pack as they are, but for what names code.
+
+    Returns:
+        Their contents by name, and one line for each thing that was left out.
+    """
+    found: dict[str, bytes] = {}
+    notices: list[str] = []
     for name in _FILTERED:
         if (source / name).is_file():
-            written[name], dropped = _without_code(source / name)
+            found[name], dropped = _without_code(source / name)
             notices.extend(f"ignored {key!r} in {name}: code is never run" for key in dropped)
     names = [*_COPIED, *(p.name for pattern in _COPIED_PATTERNS for p in source.glob(pattern))]
     for name in names:
         if (source / name).is_file():
             with osio.io_errors(source / name):
-                written[name] = (source / name).read_bytes()
-    for name, data in written.items():
-        osio.write_file(out / name, data)
-    return sorted(written), notices
+                found[name] = (source / name).read_bytes()
+    return found, notices
 
 
 def pack_config(plan: ConversionPlan) -> tuple[dict[str, Any], list[str]]:

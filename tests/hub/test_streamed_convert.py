@@ -13,6 +13,8 @@ from moepack_runtime.hub.remote import WHOLE_NBYTES
 from tests.hub.conftest import Client, files_of
 from tests.hub.loopback import Fault
 from tests.hub.small_pack import TINY_MOE
+from tests.moepack.convert.compressed_packer import FORMS, KIMI
+from tests.moepack.convert.compressed_packer import quantize_linears as compress_linears
 from tests.moepack.convert.mapping_checks import edit, one_file
 from tests.moepack.convert.test_gptq import CONFIG, quantize_linears
 from tests.packs import make_pack
@@ -201,4 +203,24 @@ def test_a_gptq_source(client: Client, tmp_path: Path, shards: int) -> None:
     streamed, local = files_of(tmp_path / "streamed"), files_of(tmp_path / "local")
     assert json.loads(streamed.pop("moepack.json"))["source"]["id"] == "org/model"
     local.pop("moepack.json")
+    assert streamed == local
+
+
+def test_a_compressed_tensors_source(client: Client, tmp_path: Path) -> None:
+    """Planning reads headers alone; then each shard comes once."""
+    folder = tmp_path / "model"
+    one_file("deepseek_v3", folder, moe_intermediate_size=64, dtype=torch.bfloat16)
+    edit(folder, lambda *both: compress_linears(*both, KIMI, FORMS["fp8-channel"]))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    in_shards(folder, tensors, 4)
+    share(client, folder)
+    client.ok("convert", "org/model", tmp_path / "streamed", *OPTIONS, "--dry-run")
+    assert not shard_requests(client)
+    client.ok("convert", "org/model", tmp_path / "streamed", *OPTIONS)
+    assert sorted(shard_requests(client)) == sorted(p.name for p in folder.glob("*.safetensors"))
+    assert not list(client.home.rglob("*.safetensors"))
+    make_pack(folder, tmp_path / "local", quantizer="rtn", expert_bits=2)
+    streamed, local = files_of(tmp_path / "streamed"), files_of(tmp_path / "local")
+    del streamed["moepack.json"], local["moepack.json"]
     assert streamed == local

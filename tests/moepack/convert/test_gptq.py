@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from moepack.convert.bitstream import unpack_bits
 from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.gptq_codes import decode_zeros, unpack_bits
+from moepack.convert.gptq_codes import decode_zeros
 from moepack.convert.gptq_settings import GPTQSettings
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 
@@ -255,7 +256,6 @@ def error_of(kind: type[MoepackError], folder: str) -> str:
         ({"quant_method": "awq", "bits": 4}, ["awq", "gptq", "fp8", "mxfp4"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
         ({"load_in_8bit": True}, ["bitsandbytes"]),
-        ({"quant_method": "compressed-tensors"}, ["compressed-tensors"]),
         ({"quant_method": "auto-round", "bits": 4}, ["auto-round"]),
         ({"bits": 4}, ["None"]),
         (CONFIG | {"bits": 5}, ["bits", "2 or 3 or 4 or 8", "5"]),

@@ -149,6 +149,6 @@ def test_other_quantized_sources_are_refused(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(str(tmp_path))
         model = build_meta_model(checkpoint.config)
         checkpoint.config["quantization_config"] = settings
-        with pytest.raises(UsageError, match="FP8, MXFP4 or GPTQ"):
+        with pytest.raises(UsageError, match="FP8, MXFP4, GPTQ or compressed-tensors"):
             WeightMapping(model, checkpoint)
         checkpoint.close()

@@ -63,7 +63,7 @@ def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
 
 def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(TINY), "--attn-bits", "5"]) == 2
-    assert "--attn-bits (wanted one of 2, 3, 4, 8, 16, got 5)" in capsys.readouterr().err
+    assert "--attn-bits (wanted one of 2, 3, 4, 6, 8, 16, got 5)" in capsys.readouterr().err
 
 
 def test_more_memory_is_more_bits() -> None:

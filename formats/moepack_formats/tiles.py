@@ -118,8 +118,8 @@ def _unpack3(vectors: Bytes) -> Bytes:
 def _pack6(quads: Bytes) -> Bytes:
     """Three vectors a, b, c hold four quads p0..p3 (16 inputs).
 
-    Bits 0-5 of a, b, c are p0, p1, p2. Their top two bits are p3, the lowest of it in a. A kernel so
-    finds three quads by a mask each, and puts the fourth together once for all of a vector.
+    Bits 0-5 of a, b, c are p0, p1, p2. Their top two bits are p3, the lowest of it in a. A kernel
+    so finds three quads by a mask each and puts one together.
     """
     p = quads.reshape(*quads.shape[:2], 4, 4, LANES)
     p3 = p[:, :, :, 3]

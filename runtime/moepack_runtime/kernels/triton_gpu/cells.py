@@ -1,7 +1,8 @@
 """Reading cells: codes as floats, scales and minima.
 
 A *cell* is what one row has in one 32-bit word (three words at 3 and 6 bits): 32 / bits inputs, 32
-at 3 and 16 at 6 bits. Threads hold cells, so that a word is loaded once and taken apart in registers.
+at 3 and 16 at 6 bits. Threads hold cells, so that a word is loaded once and taken apart in
+registers.
 
 Codes become floats without a conversion, which GPUs do at a quarter to an eighth of the speed of an
 addition. There are two ways:

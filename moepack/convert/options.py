@@ -39,7 +39,7 @@ class ConvertOptions:
 
     attn_bits: int = 4
     expert_bits: float = 3
-    head_bits: int = 8
+    head_bits: int = 6
     scheme: str | None = None
     budget: int | None = None
     quantizer: str = "hqq"

@@ -55,7 +55,7 @@ def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
     tied = sizes_of(CONFIG)
     untied = sizes_of({**CONFIG, "tie_word_embeddings": False})
     shape = CONFIG["vocab_size"], CONFIG["hidden_size"]
-    embedding = SCHEMES["q8g64"].packed_nbytes(*shape)  # as convert makes it by default
+    embedding = SCHEMES["q6g64"].packed_nbytes(*shape)  # as convert makes it by default
     assert tied.trunk_token_nbytes == tied.trunk_nbytes
     assert untied.trunk_nbytes == tied.trunk_nbytes + embedding
     assert untied.trunk_token_nbytes == tied.trunk_nbytes

@@ -123,6 +123,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("q3g64", bits=3, group=64, scale_bits=16, span=64),
         Scheme("q4g64", bits=4, group=64, scale_bits=16, span=64),
         Scheme("q4g128", bits=4, group=128, scale_bits=16, span=128),
+        Scheme("q6g64", bits=6, group=64, scale_bits=16, span=64),
         Scheme("q8g64", bits=8, group=64, scale_bits=16, span=64),
         Scheme("q2g16s8", bits=2, group=16, scale_bits=8, span=64),
         Scheme("q2g16s4", bits=2, group=16, scale_bits=4, span=256),
@@ -134,7 +135,13 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
-DEFAULT_SCHEME: dict[int, str] = {2: "q2g16s4", 3: "q3g16s5", 4: "q4g64", 8: "q8g64"}
+DEFAULT_SCHEME: dict[int, str] = {
+    2: "q2g16s4",
+    3: "q3g16s5",
+    4: "q4g64",
+    6: "q6g64",
+    8: "q8g64",
+}
 """The scheme an integer width stands for: the best measured of that width (docs/log.md)."""
 
 

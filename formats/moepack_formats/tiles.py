@@ -42,7 +42,7 @@ def pack_codes(codes: npt.NDArray[np.generic], bits: int) -> Bytes:
 
     Args:
         codes: ``[16 * T, 64 * B]``; uint8 codes, or uint16/uint32 bit patterns for raw schemes.
-        bits: Width of one code: 2, 3, 4, 8, 16 or 32.
+        bits: Width of one code: 2, 3, 4, 6, 8, 16 or 32.
 
     Returns:
         ``[T, B, block_nbytes]`` uint8.
@@ -115,5 +115,28 @@ def _unpack3(vectors: Bytes) -> Bytes:
     return np.stack([*low, p6, p7], axis=3)
 
 
-_PACK: dict[int, Callable[[Bytes], Bytes]] = {2: _pack2, 3: _pack3, 4: _pack4}
-_UNPACK: dict[int, Callable[[Bytes], Bytes]] = {2: _unpack2, 3: _unpack3, 4: _unpack4}
+def _pack6(quads: Bytes) -> Bytes:
+    """Three vectors a, b, c hold four quads p0..p3 (16 inputs).
+
+    Bits 0-5 of a, b, c are p0, p1, p2. Their top two bits are p3, the lowest of it in a. A kernel
+    so finds three quads by a mask each and puts one together.
+    """
+    p = quads.reshape(*quads.shape[:2], 4, 4, LANES)
+    p3 = p[:, :, :, 3]
+    parts = [p[:, :, :, i] | (p3 >> 2 * i & 3) << 6 for i in range(3)]
+    return np.stack(parts, axis=3).astype(np.uint8, copy=False)
+
+
+def _unpack6(vectors: Bytes) -> Bytes:
+    v = vectors.reshape(*vectors.shape[:2], 4, 3, LANES)
+    a, b, c = v[:, :, :, 0], v[:, :, :, 1], v[:, :, :, 2]
+    return np.stack([a & 63, b & 63, c & 63, a >> 6 | b >> 6 << 2 | c >> 6 << 4], axis=3)
+
+
+_PACK: dict[int, Callable[[Bytes], Bytes]] = {2: _pack2, 3: _pack3, 4: _pack4, 6: _pack6}
+_UNPACK: dict[int, Callable[[Bytes], Bytes]] = {
+    2: _unpack2,
+    3: _unpack3,
+    4: _unpack4,
+    6: _unpack6,
+}

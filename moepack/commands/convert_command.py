@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     type=float,
     default=3,
     show_default=True,
-    help="Bits of the experts: 2, 3, 4, 8, 16, or a decimal that caps the true bits a weight.",
+    help="Bits of the experts: 2, 3, 4, 6, 8, 16, or a decimal that caps the true bits a weight.",
 )
 @click.option(
-    "--head-bits", type=int, default=8, show_default=True, help="Bits of embeddings and output."
+    "--head-bits", type=int, default=6, show_default=True, help="Bits of embeddings and output."
 )
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="Exact scheme of the experts.")
 @click.option(

@@ -14,6 +14,7 @@ from moepack_formats.schemes import DEFAULT_SCHEME, SCHEMES
 RAW_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 INTEGER_BITS = (*DEFAULT_SCHEME, 16)
+HEAD_BITS = tuple(bits for bits in INTEGER_BITS if bits >= 4)
 
 MIXES = ("expert", "layer", "none")
 
@@ -23,9 +24,9 @@ class ConvertOptions:
     """Choices that decide the bytes of a pack.
 
     Attributes:
-        attn_bits: Width of the trunk's Linears: 2, 3, 4, 8 or 16.
+        attn_bits: Width of the trunk's Linears: 2, 3, 4, 6, 8 or 16.
         expert_bits: An integer as ``attn_bits``, or a decimal that caps the true bits a weight.
-        head_bits: Width of embeddings and output head: 4, 8 or 16.
+        head_bits: Width of embeddings and output head: 4, 6, 8 or 16.
         scheme: Exact scheme of the experts; overrides ``expert_bits``.
         budget: Largest size of the whole pack in bytes; overrides ``expert_bits``.
         quantizer: Name of the quantizer.
@@ -38,7 +39,7 @@ class ConvertOptions:
 
     attn_bits: int = 4
     expert_bits: float = 3
-    head_bits: int = 8
+    head_bits: int = 6
     scheme: str | None = None
     budget: int | None = None
     quantizer: str = "hqq"
@@ -51,8 +52,9 @@ class ConvertOptions:
         wanted = ", ".join(str(bits) for bits in INTEGER_BITS)
         if self.attn_bits not in INTEGER_BITS:
             raise UsageError("--attn-bits", wanted=f"one of {wanted}", got=self.attn_bits)
-        if self.head_bits not in (4, 8, 16):
-            raise UsageError("--head-bits", wanted="4, 8 or 16", got=self.head_bits)
+        if self.head_bits not in HEAD_BITS:
+            heads = ", ".join(str(bits) for bits in HEAD_BITS)
+            raise UsageError("--head-bits", wanted=f"one of {heads}", got=self.head_bits)
         is_cap = 0 < self.expert_bits < math.inf and not float(self.expert_bits).is_integer()
         if not is_cap and self.expert_bits not in INTEGER_BITS:
             raise UsageError(
@@ -78,7 +80,7 @@ def scheme_of_bits(bits: int, dtype: torch.dtype) -> str:
     """The scheme an integer width stands for.
 
     Args:
-        bits: 2, 3, 4, 8, or 16 for the source's own bits.
+        bits: 2, 3, 4, 6, 8, or 16 for the source's own bits.
         dtype: The source's dtype.
     """
     if bits < 16:

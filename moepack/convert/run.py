@@ -34,7 +34,7 @@ from moepack_formats.manifest import (
 from moepack_formats.matrix import pack_matrix
 from moepack_formats.pack import read_manifest
 from moepack_formats.record import Part, pack_record
-from moepack_formats.schemes import SCHEMES, get_scheme
+from moepack_formats.schemes import DEFAULT_SCHEME, SCHEMES, get_scheme
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
 from moepack_runtime.disk import check_space
@@ -51,7 +51,6 @@ from .calibrated import (
 from .calibration import Calibration
 from .model_files import write_model_files
 from .one_ahead import one_ahead
-from .options import scheme_of_bits
 from .output_folder import (
     STAGE_NAME,
     check_apart,
@@ -328,11 +327,10 @@ class _Conversion:
 
     def _manifest(self, layers: tuple[LayerEntry, ...]) -> Manifest:
         plan, options = self.plan, self.plan.options
-        schemes = {bits: scheme_of_bits(bits, torch.float32) for bits in (2, 3, 4, 8)}
         recipe = Recipe(
             quantizer=options.quantizer,
-            trunk_scheme=schemes.get(options.attn_bits, "source"),
-            head_scheme=schemes.get(options.head_bits, "source"),
+            trunk_scheme=DEFAULT_SCHEME.get(options.attn_bits, "source"),
+            head_scheme=DEFAULT_SCHEME.get(options.head_bits, "source"),
             expert_schemes=plan.expert_schemes,
         )
         return Manifest(

@@ -31,7 +31,7 @@ from .meta_model import build_meta_model
 from .options import INTEGER_BITS, ConvertOptions
 from .trunk_policy import has_tied_head, head_policy, trunk_policy
 
-RECIPES = ("q8g64", "q4g64", "q3g16s5", "q2g16s4", "q2g64")
+RECIPES = ("q8g64", "q6g64", "q4g64", "q3g16s5", "q2g16s4", "q2g64")
 """Schemes of the experts, from the largest."""
 
 _TOP_K = (

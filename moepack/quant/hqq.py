@@ -44,11 +44,12 @@ SHARES = {
     2: (0.95, 0.82, 0.7, 0.6, 0.5),
     3: (0.97, 0.9, 0.83, 0.76, 0.69, 0.62),
     4: (1.02, 0.97, 0.92, 0.87, 0.82, 0.77),
+    6: (1.04, 1.03, 1.02, 1.01, 1.0, 0.99),
     8: (1.0, 0.99),
 }
 """Scales to try, by code width, as shares of the one that spans a group's weights."""
 
-TURNS = {2: 1, 3: 2, 4: 2, 8: 2}
+TURNS = {2: 1, 3: 2, 4: 2, 6: 4, 8: 2}
 """Turns of codes and zero point for each scale tried, by code width.
 
 At 2 bits a second one lowers the error by 0.2 per cent and takes 7 per cent of the time."""

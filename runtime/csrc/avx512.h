@@ -23,6 +23,13 @@ struct Avx512 {
     return _mm512_and_si512(c, _mm512_set1_epi8(MASK));
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+  // The upper two bits of bytes of a, b and c, as six bits with those of a lowest.
+  static MOEPACK_INLINE Codes tops(Codes a, Codes b, Codes c) {
+    __m512i two = _mm512_set1_epi8(-64);
+    // 0xCA: bits of the second where the first has them, else of the third.
+    b = _mm512_ternarylogic_epi32(two, b, _mm512_srli_epi16(a, 2), 0xCA);
+    return field<2, 63>(_mm512_ternarylogic_epi32(two, c, _mm512_srli_epi16(b, 2), 0xCA));
+  }
   static MOEPACK_INLINE Codes levels(Codes c) {
     int64_t table;
     memcpy(&table, kLevels, 8);
@@ -42,6 +49,7 @@ struct Avx512 {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(c), "m"(*reinterpret_cast<const Word*>(x)));
     return sum;
   }
+  template <int> static constexpr int partial_quads() { return 8; }
   static MOEPACK_INLINE Ints widen(Partial p) { return p; }
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) { return dot(sum, c, x); }
 

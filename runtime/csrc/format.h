@@ -10,7 +10,7 @@ constexpr int kSuperCols = 256;  // inputs under one float16 super-scale, but at
 
 // The numbers are part of the C interface; they follow moepack_formats.schemes.SCHEMES.
 enum Scheme : int32_t {
-  Q2G64, Q3G64, Q4G64, Q4G128, Q8G64, Q2G16S8, Q2G16S4, Q3G32S4, Q3G16S5, F16, BF16, F32,
+  Q2G64, Q3G64, Q4G64, Q4G128, Q6G64, Q8G64, Q2G16S8, Q2G16S4, Q3G32S4, Q3G16S5, F16, BF16, F32,
   kSchemes
 };
 
@@ -59,9 +59,9 @@ struct Format {
 };
 
 constexpr Format kFormats[kSchemes] = {
-    {2, 64, 16, 64}, {3, 64, 16, 64}, {4, 64, 16, 64},  {4, 128, 16, 128},
-    {8, 64, 16, 64}, {2, 16, 8, 64},  {2, 16, 4, 256},  {3, 32, 4, 256},
-    {3, 16, 5, 256}, {16, 0, 0, 64},  {16, 0, 0, 64},  {32, 0, 0, 64},
+    {2, 64, 16, 64}, {3, 64, 16, 64}, {4, 64, 16, 64}, {4, 128, 16, 128}, {6, 64, 16, 64},
+    {8, 64, 16, 64}, {2, 16, 8, 64},  {2, 16, 4, 256}, {3, 32, 4, 256},   {3, 16, 5, 256},
+    {16, 0, 0, 64},  {16, 0, 0, 64},  {32, 0, 0, 64},
 };
 
 // A code c of q3g16s5 stands for kLevels[c] - kLevelOffset.

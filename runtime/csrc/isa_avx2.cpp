@@ -41,6 +41,10 @@ struct Avx2 {
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) {
     return EACH(Codes, _mm256_or_si256(a.a[i], b.a[i]));
   }
+  // The upper two bits of bytes of a, b and c, as six bits with those of a lowest.
+  static MOEPACK_INLINE Codes tops(Codes a, Codes b, Codes c) {
+    return merge(merge(field<6, 3>(a), field<4, 12>(b)), field<2, 48>(c));
+  }
   static MOEPACK_INLINE Codes levels(Codes c) {
     int64_t table;
     memcpy(&table, kLevels, 8);
@@ -53,7 +57,9 @@ struct Avx2 {
     return _mm256_set1_epi32(four);
   }
   static MOEPACK_INLINE Partial zero_partial() { return Partial{}; }
-  // 8 quads of codes up to 15 reach 8 * 2 * 15 * 127 = 30480, within 16 bits.
+  // Quads whose sums of products fit 16 bits: 8 of codes up to 15 reach 8 * 2 * 15 * 127 = 30480, two
+  // of codes up to 63 reach 32004.
+  template <int BITS> static constexpr int partial_quads() { return BITS == 6 ? 2 : 8; }
   static MOEPACK_INLINE Partial dot(Partial sum, Codes c, const int8_t* x) {
     __m256i four = broadcast(x);
     return EACH(Partial, _mm256_add_epi16(sum.a[i], _mm256_maddubs_epi16(c.a[i], four)));
@@ -80,6 +86,9 @@ struct Avx2 {
   }
 
   static MOEPACK_INLINE Ints zero_ints() { return Ints{}; }
+  static MOEPACK_INLINE Ints add_ints(Ints a, Ints b) {
+    return EACH(Ints, _mm256_add_epi32(a.a[i], b.a[i]));
+  }
   static MOEPACK_INLINE Ints sub_ints(Ints a, Ints b) {
     return EACH(Ints, _mm256_sub_epi32(a.a[i], b.a[i]));
   }

@@ -37,6 +37,12 @@ struct Neon {
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) {
     return EACH(Codes, vorrq_u8(a.a[i], b.a[i]));
   }
+  // The upper two bits of bytes of a, b and c, as six bits with those of a lowest.
+  static MOEPACK_INLINE Codes tops(Codes a, Codes b, Codes c) {
+    // Shifted in behind the two upper bits of the other.
+    b = EACH(Codes, vsriq_n_u8(b.a[i], a.a[i], 2));
+    return EACH(Codes, vshrq_n_u8(vsriq_n_u8(c.a[i], b.a[i], 2), 2));
+  }
   static MOEPACK_INLINE Codes levels(Codes c) {
     uint8x8_t table = vld1_u8(kLevels);
     return EACH(Codes, vqtbl1q_u8(vcombine_u8(table, table), c.a[i]));
@@ -52,6 +58,7 @@ struct Neon {
     int8x16_t four = broadcast(x);
     return EACH(Ints, vdotq_s32(sum.a[i], vreinterpretq_s8_u8(c.a[i]), four));
   }
+  template <int> static constexpr int partial_quads() { return 8; }
   static MOEPACK_INLINE Ints widen(Partial p) { return p; }
   // The instruction takes signed codes, so the lowest of 8 bits is multiplied apart.
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) {

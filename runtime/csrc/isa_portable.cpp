@@ -29,6 +29,10 @@ struct Portable {
     return c >> SHIFT & MASK * 0x01010101u;
   }
   static MOEPACK_INLINE Codes merge(Codes a, Codes b) { return a | b; }
+  // The upper two bits of bytes of a, b and c, as six bits with those of a lowest.
+  static MOEPACK_INLINE Codes tops(Codes a, Codes b, Codes c) {
+    return field<6, 3>(a) | field<4, 12>(b) | field<2, 48>(c);
+  }
 
   // By the bits of a code: each halves the levels that are left to choose from.
   static MOEPACK_INLINE Codes levels(Codes c) {
@@ -47,6 +51,7 @@ struct Portable {
     for (int j = 0; j < 4; ++j) sum += (Ints)(c >> 8 * j & 255) * int32_t{x[j]};
     return sum;
   }
+  template <int> static constexpr int partial_quads() { return 8; }
   static MOEPACK_INLINE Ints widen(Partial p) { return p; }
   static MOEPACK_INLINE Ints dot_wide(Ints sum, Codes c, const int8_t* x) { return dot(sum, c, x); }
 

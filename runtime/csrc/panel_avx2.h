@@ -36,6 +36,12 @@ template <int BITS> void unpack(const uint8_t* w, __m256i* c) {
     c[4] = field<0, 7>(d), c[5] = field<3, 7>(d);
     c[6] = _mm256_or_si256(field<5, 6>(a), field<6, 1>(b));
     c[7] = _mm256_or_si256(field<5, 6>(d), field<7, 1>(b));
+  } else if constexpr (BITS == 6) {
+    for (int v = 0; v < 2; ++v, w += 192, c += 4) {
+      __m256i a = load(w), b = load(w + 64), d = load(w + 128);
+      c[0] = field<0, 63>(a), c[1] = field<0, 63>(b), c[2] = field<0, 63>(d);
+      c[3] = _mm256_or_si256(_mm256_or_si256(field<6, 3>(a), field<4, 12>(b)), field<2, 48>(d));
+    }
   } else {
     for (int v = 0; v < 4; ++v) {
       __m256i two = load(w + 64 * v);
@@ -63,8 +69,9 @@ MOEPACK_INLINE void add_to(float* at, bool begun, __m256 value, __m256 step) {
 
 // sums[t] += step[t] * scale x codes x q[t], 32 inputs of 8 rows in one group. With WHOLE scales they
 // stand in both halves of a row's 32 bits; otherwise they are floats. Eight products of codes up to 15
-// reach 8 * 2 * 15 * 127 = 30480, within 16 bits.
-template <bool WHOLE, bool BEGUN>
+// reach 8 * 2 * 15 * 127 = 30480, within 16 bits; with PAIRS they are of codes up to 63, of which two
+// do.
+template <bool WHOLE, bool PAIRS, bool BEGUN>
 void add_32(const __m256i* c, __m256i whole, __m256 scale, const int8_t* q, const float* step,
             int64_t count, float* sums) {
   // Copies: sums might lie where c does, for all that a compiler knows, which would load c each time.
@@ -72,9 +79,18 @@ void add_32(const __m256i* c, __m256i whole, __m256 scale, const int8_t* q, cons
   for (int64_t t = 0; t < count; ++t, q += kStepCols, sums += kTileRows) {
     __m256i a = product(c0, q), b = product(c4, q + 16);
     a = _mm256_add_epi16(a, product(c1, q + 4)), b = _mm256_add_epi16(b, product(c5, q + 20));
-    a = _mm256_add_epi16(a, product(c2, q + 8)), b = _mm256_add_epi16(b, product(c6, q + 24));
-    a = _mm256_add_epi16(a, product(c3, q + 12)), b = _mm256_add_epi16(b, product(c7, q + 28));
-    __m256 value = _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_add_epi16(a, b), whole));
+    if constexpr (PAIRS) {
+      __m256i d = _mm256_add_epi16(product(c2, q + 8), product(c3, q + 12));
+      __m256i e = _mm256_add_epi16(product(c6, q + 24), product(c7, q + 28));
+      a = _mm256_add_epi32(_mm256_madd_epi16(a, whole), _mm256_madd_epi16(d, whole));
+      b = _mm256_add_epi32(_mm256_madd_epi16(b, whole), _mm256_madd_epi16(e, whole));
+      a = _mm256_add_epi32(a, b);
+    } else {
+      a = _mm256_add_epi16(a, product(c2, q + 8)), b = _mm256_add_epi16(b, product(c6, q + 24));
+      a = _mm256_add_epi16(a, product(c3, q + 12)), b = _mm256_add_epi16(b, product(c7, q + 28));
+      a = _mm256_madd_epi16(_mm256_add_epi16(a, b), whole);
+    }
+    __m256 value = _mm256_cvtepi32_ps(a);
     if constexpr (!WHOLE) value = _mm256_mul_ps(value, scale);
     add_to(sums, BEGUN, value, _mm256_set1_ps(step[t]));
   }
@@ -254,8 +270,9 @@ void panel_tile(const uint8_t* w, int64_t blocks, const Panel& x, int64_t first,
               _mm256_store_ps(minima[b] + kRows * i, halves(metadata + 2 * kTileRows + 16 * i));
             }
             unpack<F.bits>(codes_at + 32 * i, c);
-            (begun ? add_32<whole, true> : add_32<whole, false>)(c, scale, factor, q, step, count,
-                                                                 sums + kRows * i);
+            constexpr bool pairs = F.bits == 6;
+            (begun ? add_32<whole, pairs, true> : add_32<whole, pairs, false>)(
+                c, scale, factor, q, step, count, sums + kRows * i);
           }
         }
       }

@@ -56,6 +56,15 @@ template <class V, int BITS, class F> MOEPACK_INLINE void each_quad(const uint8_
       f(2 * v, V::template field<0, 15>(c));
       f(2 * v + 1, V::template field<4, 15>(c));
     }
+  } else if constexpr (BITS == 6) {
+    for (int v = 0; v < quads / 4; ++v, w += 192) {
+      Codes a = V::load(w), b = V::load(w + 64), c = V::load(w + 128);
+      for (int i = 0; i < 3; ++i) V::prefetch(w + 64 * i + kPrefetch);
+      f(4 * v, V::template field<0, 63>(a));
+      f(4 * v + 1, V::template field<0, 63>(b));
+      f(4 * v + 2, V::template field<0, 63>(c));
+      f(4 * v + 3, V::tops(a, b, c));
+    }
   } else {
     for (int v = 0; v < quads; ++v) {
       ask_ahead(w + 64 * v);
@@ -68,7 +77,8 @@ template <class V, int BITS, class F> MOEPACK_INLINE void each_quad(const uint8_
 // over than unpacking costs once. A byte is a level already where codes stand for levels.
 template <Scheme S, bool BYTES> struct Stored {
   static constexpr int bits = BYTES ? 8 : kFormats[S].bits;
-  static constexpr bool wide = kFormats[S].bits == 8;  // codes may use all 8 bits
+  static constexpr int code_bits = kFormats[S].bits;  // that a code uses
+  static constexpr bool wide = code_bits == 8;
   static constexpr bool levels = kFormats[S].levels() && !BYTES;
   static constexpr int64_t code_nbytes = int64_t{kTileRows} * kBlockCols * bits / 8;
 };
@@ -87,6 +97,18 @@ template <class V> struct Int8Dot {
       each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
         for (int n = 0; n < N; ++n)
           out[0][n] = V::dot_wide(out[0][n], c, rows[n].q + col + 4 * quad);
+      });
+    } else if constexpr (V::template partial_quads<HOW::code_bits>() < 8) {
+      static_assert(GROUPS == 1);
+      constexpr int run = V::template partial_quads<HOW::code_bits>();
+      typename V::Partial part[N];
+      for (int n = 0; n < N; ++n) out[0][n] = V::zero_ints();
+      each_quad<V, HOW::bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
+        for (int n = 0; n < N; ++n) {
+          if (quad % run == 0) part[n] = V::zero_partial();
+          part[n] = V::dot(part[n], c, rows[n].q + col + 4 * quad);
+          if (quad % run == run - 1) out[0][n] = V::add_ints(out[0][n], V::widen(part[n]));
+        }
       });
     } else {
       typename V::Partial part[GROUPS][N];

@@ -20,6 +20,7 @@ BITS = {
     "q3g64": 3,
     "q4g64": 4,
     "q4g128": 4,
+    "q6g64": 6,
     "q8g64": 8,
     "q2g16s8": 2,
     "q2g16s4": 2,
@@ -29,7 +30,7 @@ BITS = {
     "bf16": 16,
     "f32": 32,
 }
-F16_SPAN_BLOCKS = {"q2g64": 1, "q3g64": 1, "q4g64": 1, "q4g128": 2, "q8g64": 1}
+F16_SPAN_BLOCKS = {"q2g64": 1, "q3g64": 1, "q4g64": 1, "q4g128": 2, "q6g64": 1, "q8g64": 1}
 NIBBLE_GROUP = {"q2g16s4": 16, "q3g32s4": 32}
 LEVELS = (-18, -12, -7, -3, 0, 4, 8, 13)
 
@@ -63,6 +64,12 @@ def code(data: bytes, at: int, bits: int, r: int, i: int) -> int:
         return data[at + 64 * (p // 2) + byte] >> (4 if p % 2 else 0) & 15
     if bits == 2:
         return data[at + 64 * (p // 4) + byte] >> 2 * (p % 4) & 3
+    if bits == 6:
+        four, q = divmod(p, 4)
+        a, b, c = (data[at + 64 * (3 * four + v) + byte] for v in range(3))
+        if q < 3:
+            return (a, b, c)[q] & 63
+        return a >> 6 | (b >> 6) << 2 | (c >> 6) << 4
     half, q = divmod(p, 8)
     a, b, c = (data[at + 64 * (3 * half + v) + byte] for v in range(3))
     if q < 6:

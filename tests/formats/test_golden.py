@@ -56,6 +56,7 @@ def test_every_scheme_has_a_name_that_says_what_it_is() -> None:
         "q3g64": (3, 64, 16, 64),
         "q4g64": (4, 64, 16, 64),
         "q4g128": (4, 128, 16, 128),
+        "q6g64": (6, 64, 16, 64),
         "q8g64": (8, 64, 16, 64),
         "q2g16s8": (2, 16, 8, 64),
         "q2g16s4": (2, 16, 4, 256),
@@ -74,6 +75,7 @@ def test_every_scheme_has_a_name_that_says_what_it_is() -> None:
         ("q3g64", 3.5),
         ("q4g64", 4.5),
         ("q4g128", 4.25),
+        ("q6g64", 6.5),
         ("q8g64", 8.5),
         ("q2g16s8", 3 + 64 / 4096),
         ("q2g16s4", 2.625),
@@ -93,6 +95,9 @@ def test_examples_of_the_specification(tmp_path: Path) -> None:
     assert golden.dump(matrix.tobytes()) == spec_example("hex q4g64")
     three_bits = pack_matrix(golden.SPEC_THREE_BITS)
     assert golden.dump(three_bits.tobytes()) == spec_example("hex q3g64")
+    six_bits = pack_matrix(golden.SPEC_SIX_BITS)
+    assert golden.dump(six_bits.tobytes()) == spec_example("hex q6g64")
+    assert dequantize(golden.SPEC_SIX_BITS)[0, ::4].tolist() == [1, 2, 3, 45]
     signed = pack_matrix(golden.SPEC_SIGNED)
     assert golden.dump(signed.tobytes()) == spec_example("hex q3g16s5")
     assert dequantize(golden.SPEC_SIGNED)[0, ::16].tolist() == [-9, 6, -32, 97.5]
@@ -103,8 +108,8 @@ def test_examples_of_the_specification(tmp_path: Path) -> None:
     assert not values[1:256].any()
     assert (values[257:272] == -0.25).all()
     assert not values[272:].any()
-    sizes = matrix.size, three_bits.size, signed.size, left_over.size
-    assert sizes == (576, 448, 480, 1664)
+    sizes = matrix.size, three_bits.size, six_bits.size, signed.size, left_over.size
+    assert sizes == (576, 448, 832, 480, 1664)
     record = pack_record(golden.SPEC_RECORD, golden.SPEC_PARTS)
     assert record.size == 4096
     assert golden.dump(record.tobytes()) == spec_example("hex record")

@@ -55,7 +55,7 @@ def test_round_trip(name: str, rows: int, cols: int, seed: int) -> None:
 
 @settings(max_examples=60)
 @given(
-    bits=st.sampled_from([2, 3, 4, 8, 16, 32]),
+    bits=st.sampled_from([2, 3, 4, 6, 8, 16, 32]),
     tiles=st.integers(1, 3),
     blocks=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),

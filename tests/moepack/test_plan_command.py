@@ -55,7 +55,7 @@ def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
     tied = sizes_of(CONFIG)
     untied = sizes_of({**CONFIG, "tie_word_embeddings": False})
     shape = CONFIG["vocab_size"], CONFIG["hidden_size"]
-    embedding = SCHEMES["q8g64"].packed_nbytes(*shape)  # as convert makes it by default
+    embedding = SCHEMES["q6g64"].packed_nbytes(*shape)  # as convert makes it by default
     assert tied.trunk_token_nbytes == tied.trunk_nbytes
     assert untied.trunk_nbytes == tied.trunk_nbytes + embedding
     assert untied.trunk_token_nbytes == tied.trunk_nbytes
@@ -63,7 +63,7 @@ def test_a_token_reads_one_row_of_an_embedding_that_is_not_the_head() -> None:
 
 def test_a_width_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", str(TINY), "--attn-bits", "5"]) == 2
-    assert "--attn-bits (wanted one of 2, 3, 4, 8, 16, got 5)" in capsys.readouterr().err
+    assert "--attn-bits (wanted one of 2, 3, 4, 6, 8, 16, got 5)" in capsys.readouterr().err
 
 
 def test_more_memory_is_more_bits() -> None:

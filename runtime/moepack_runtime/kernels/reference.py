@@ -149,6 +149,10 @@ def _unpack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 2:
         parts = [vectors & 3, vectors >> 2 & 3, vectors >> 4 & 3, vectors >> 6]
         return torch.stack(parts, dim=3).view(shape)
+    if bits == 6:
+        a, b, c = vectors.view(*codes.shape[:2], 4, 3, TILE_ROWS * 4).unbind(3)
+        top = a >> 6 | b >> 6 << 2 | c >> 6 << 4
+        return torch.stack([a & 63, b & 63, c & 63, top], dim=3).view(shape)
     a, b, c = vectors.view(*codes.shape[:2], 2, 3, TILE_ROWS * 4).unbind(3)
     low = [part for vector in (a, b, c) for part in (vector & 7, vector >> 3 & 7)]
     p6 = (a >> 6) << 1 | b >> 6 & 1

@@ -138,7 +138,7 @@ def bandwidth(report: Report, device: torch.device) -> None:
     least = 1.0
     for scheme in SCHEMES:
         speeds = [kernels.expert_speed(scheme, kernels.MIXTRAL, device)]
-        if scheme in ("q4g64", "q8g64", "bf16"):
+        if scheme in ("q4g64", "q6g64", "q8g64", "bf16"):
             speeds.append(kernels.linear_speed(scheme, 4096, 4096, device))
         for speed in speeds:
             share = speed.bytes_per_s / copy

@@ -110,13 +110,13 @@ def planned(source: Path, **options: Any) -> tuple[tuple[str, ...], int, float]:
 
 
 def test_integer_widths(wide: Path) -> None:
-    expected = {2: "q2g16s4", 3: "q3g16s5", 4: "q4g64", 8: "q8g64", 16: "bf16"}
+    expected = {2: "q2g16s4", 3: "q3g16s5", 4: "q4g64", 6: "q6g64", 8: "q8g64", 16: "bf16"}
     assert {bits: planned(wide, expert_bits=bits)[0] for bits in expected} == {
         bits: (name,) for bits, name in expected.items()
     }
 
 
-@pytest.mark.parametrize("cap", [2.7, 3.3, 3.6, 4.3, 4.6, 8.7, 15.9, 16.5, 40.5])
+@pytest.mark.parametrize("cap", [2.7, 3.3, 3.6, 4.3, 4.6, 6.7, 8.7, 15.9, 16.5, 40.5])
 def test_a_decimal_caps_the_true_bits(wide: Path, cap: float) -> None:
     """The best scheme that stays below it, metadata and padding included."""
     all_bits = {
@@ -179,7 +179,7 @@ def logits_of(pack: Path, ids: torch.Tensor) -> torch.Tensor:
 def convert_heads(source: Path, folder: Path) -> dict[int, Manifest]:
     return {
         bits: make_pack(source, folder / str(bits), head_bits=bits, quantizer="hqq")
-        for bits in (16, 8, 4)
+        for bits in (16, 8, 6, 4)
     }
 
 
@@ -203,11 +203,12 @@ def test_head_sizes(which: str, request: pytest.FixtureRequest) -> None:
     packed = manifests[8].packed
     rows, cols = packed["model.embed_tokens"].shape
     dense = rows * cols * (2 if which == "tied" else 4) * heads
-    for bits in (8, 4):
-        true = SCHEMES["q8g64" if bits == 8 else "q4g64"].packed_nbytes(rows, cols) * heads
+    for bits in (8, 6, 4):
+        true = SCHEMES[f"q{bits}g64"].packed_nbytes(rows, cols) * heads
         assert sizes[16] - sizes[bits] == dense - true
-    assert sizes[4] < sizes[8] < sizes[16]
-    assert [m.recipe.head_scheme for m in manifests.values()] == ["source", "q8g64", "q4g64"]
+    assert sizes[4] < sizes[6] < sizes[8] < sizes[16]
+    schemes = [manifest.recipe.head_scheme for manifest in manifests.values()]
+    assert schemes == ["source", "q8g64", "q6g64", "q4g64"]
     assert packed["lm_head"].tied_to == ("model.embed_tokens" if which == "tied" else None)
 
 
@@ -215,9 +216,11 @@ def test_head_sizes(which: str, request: pytest.FixtureRequest) -> None:
     ("which", "bits", "tolerance"),
     [
         ("tied", 8, 0.01),
+        ("tied", 6, 0.04),
         ("tied", 4, 0.15),
         # A random router is undecided: a slightly other embedding picks other experts.
         ("untied", 8, 0.1),
+        ("untied", 6, 0.2),
         ("untied", 4, 0.4),
     ],
 )
@@ -232,7 +235,7 @@ def test_head_logits(
     assert 0 < error < tolerance
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("which", ["tied", "untied"])
 def test_head_equals_its_codes(which: str, bits: int, request: pytest.FixtureRequest) -> None:
     """Embedding rows, and logits, are exactly those of a stock model with the same weights."""

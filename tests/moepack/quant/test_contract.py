@@ -22,7 +22,7 @@ from moepack_formats.schemes import SCHEMES, Scheme
 QUANTIZED = [scheme for scheme in SCHEMES.values() if not scheme.is_raw]
 
 # Twice what round to nearest loses on a normal distribution.
-WORST_ERROR = {2: 0.42, 3: 0.08, 4: 0.02, 8: 1e-4}
+WORST_ERROR = {2: 0.42, 3: 0.08, 4: 0.02, 6: 1.5e-3, 8: 1e-4}
 
 
 def supported() -> Iterator[tuple[Quantizer, Scheme]]:
@@ -146,7 +146,7 @@ def test_a_short_last_group_is_fitted_for_itself(
     matrix = quantize_matrix(weight, scheme, quantizer)
     if cols % scheme.group:
         lost = np.abs(dequantize(matrix)[:, tail] - weight[:, tail].numpy()).mean()
-        assert lost < {2: 0.02, 3: 0.01, 4: 0.005, 8: 0.001}[scheme.bits]
+        assert lost < {2: 0.02, 3: 0.01, 4: 0.005, 6: 0.002, 8: 0.001}[scheme.bits]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

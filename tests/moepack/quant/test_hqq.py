@@ -51,7 +51,7 @@ def matrices() -> dict[str, Tensor]:
 
 
 MATRICES = matrices()
-AFFINE = ["q2g64", "q3g64", "q4g64", "q4g128", "q8g64"]
+AFFINE = ["q2g64", "q3g64", "q4g64", "q4g128", "q6g64", "q8g64"]
 
 
 def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
@@ -108,7 +108,7 @@ def test_library_as_a_quantizer_is_the_library() -> None:
 
 def test_library_names_its_schemes() -> None:
     pytest.importorskip("hqq")
-    with pytest.raises(UsageError, match="one of q2g64, q3g64, q4g64, q4g128, q8g64"):
+    with pytest.raises(UsageError, match="one of q2g64, q3g64, q4g64, q4g128, q6g64, q8g64"):
         quantize_matrix(MATRICES["normal 1"], SCHEMES["q3g32s4"], get_quantizer("hqq-lib"))
 
 
@@ -119,7 +119,7 @@ def test_library_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["q2g64", "q2g16s8", "q2g16s4", "q3g64", "q3g32s4", "q3g16s5", "q4g64"]
+    "name", ["q2g64", "q2g16s8", "q2g16s4", "q3g64", "q3g32s4", "q3g16s5", "q4g64", "q6g64"]
 )
 def test_better_than_rounding(name: str) -> None:
     # Where outliers are most of the power and zero is a level, rounding leaves little to win.
@@ -142,6 +142,7 @@ def test_better_than_rounding(name: str) -> None:
         ("q3g32s4", 0.0230),
         ("q3g16s5", 0.0195),
         ("q4g64", 0.0070),
+        ("q6g64", 0.0004),
     ],
 )
 def test_error_on_a_normal_distribution(name: str, most: float) -> None:

@@ -15,6 +15,7 @@ from .cells import (
     scales,
     signed_scales,
     three_words,
+    word6,
 )
 from .layout import bits, block_cells, cell_cols, kind
 
@@ -86,6 +87,14 @@ def dense_rows(
                 for quad in tl.static_range(8):
                     code = code3(a, b, c, k, quad)
                     _put(to, cell * CELL + 4 * quad + k, code.to(tl.float32) * s - m, cols, real)
+        elif bits(SCHEME) == 6:
+            words = as_words(matrix) + (codes // 4 + cell % PER * 48) + row
+            a, b, c = three_words(words, live)
+            for quad in tl.static_range(4):
+                word = word6(a, b, c, quad)
+                for k in tl.static_range(4):
+                    value = (word >> (8 * k) & 63).to(tl.float32) * s - m
+                    _put(to, cell * CELL + 4 * quad + k, value, cols, real)
         else:
             BITS: tl.constexpr = bits(SCHEME)
             words = as_words(matrix) + (codes // 4 + cell % PER * 16) + row

@@ -22,6 +22,7 @@ from .cells import (
     signed_scales,
     three_words,
     tiny,
+    word6,
 )
 from .layout import bits, block_cells, cell_cols, kind
 
@@ -90,9 +91,12 @@ def tile_dots(
             total += s * dots + s_next * dots_next
         else:
             s, m = scales(matrix, at, wide, row, blocks, live, SCHEME)
-            if bits(SCHEME) == 3:
+            if bits(SCHEME) == 3 or bits(SCHEME) == 6:
                 words = as_words(matrix) + (codes // 4 + wide % PER * 48) + row
-                dots, sums = _dots3(words, live, x, inputs, here, cols, EVEN)
+                if bits(SCHEME) == 3:
+                    dots, sums = _dots3(words, live, x, inputs, here, cols, EVEN)
+                else:
+                    dots, sums = _dots6(words, live, x, inputs, here, cols, EVEN)
             else:
                 words = as_words(matrix) + (codes // 4 + wide % PER * 16) + row
                 dots, sums = _dots(words, live, x, inputs, here, cols, EVEN, SCHEME)
@@ -142,6 +146,22 @@ def _dots3(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
             lowest = value * 2.0 ** (UP - 8 * (k % 2) - 6 - high)
             dots += tiny(a if high == 0 else c, k, 6, 2) * upper[:, None, None]
             dots += tiny(b, k, 6 + high, 1) * lowest[:, None, None]
+            sums += value
+    return dots * 2.0 ** (149 - UP), sums
+
+
+@triton.jit
+def _dots6(words, live, x, inputs, here, cols, EVEN: tl.constexpr):
+    """As :func:`_dots` at 6 bits: quad 3 is in the upper bits of the three words."""
+    a, b, c = three_words(words, live)
+    dots = tl.zeros(a.shape, tl.float32)
+    sums = tl.zeros(inputs.shape, tl.float32)
+    for quad in tl.static_range(4):
+        word = word6(a, b, c, quad)
+        for k in tl.static_range(4):
+            value = _input(x, inputs + (4 * quad + k), here, cols, EVEN)
+            factor = value * 2.0 ** (UP - 8 * (k % 2))
+            dots += tiny(word, k, 0, 6) * factor[:, None, None]
             sums += value
     return dots * 2.0 ** (149 - UP), sums
 

@@ -81,16 +81,16 @@ def step_nbytes(scheme: str) -> int:
 
 @triton.constexpr_function
 def cell_cols(scheme: str) -> int:
-    """Inputs of a *cell*: of a row, the codes in one 32-bit word, or in three at 3 bits."""
+    """Inputs of a *cell*: of a row, the codes in one 32-bit word, or in three at 3 and 6 bits."""
     width = SCHEMES[scheme].bits
-    return 32 if width == 3 else 32 // width
+    return (96 if width in (3, 6) else 32) // width
 
 
 @triton.constexpr_function
 def block_cells(scheme: str) -> int:
     """Cells of a row in a block."""
     width = SCHEMES[scheme].bits
-    return BLOCK_COLS // (32 if width == 3 else 32 // width)
+    return BLOCK_COLS // ((96 if width in (3, 6) else 32) // width)
 
 
 @triton.constexpr_function
@@ -110,4 +110,4 @@ def lowest_level(scheme: str) -> int:
 def cell_width(scheme: str) -> int:
     """What :func:`cell_cols` gives, for the host."""
     width = SCHEMES[scheme].bits
-    return 32 if width == 3 else 32 // width
+    return (96 if width in (3, 6) else 32) // width

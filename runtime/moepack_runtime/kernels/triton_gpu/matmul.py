@@ -30,6 +30,7 @@ from .cells import (
     scales,
     signed_scales,
     three_words,
+    word6,
 )
 from .gates import gated, ungated
 from .layout import bits, block_cells, cell_cols, kind
@@ -303,6 +304,15 @@ def _product(
                 for k in tl.static_range(4):
                     for quad in tl.static_range(8):
                         weight = _weight3(a, b, c, s, m, k, quad)
+                        part = inputs + (start * CELL + (4 * quad + k) * W)
+                        total = _add(total, part, weight, live, PRECISION)
+            elif bits(SCHEME) == 6:
+                words = as_words(matrix) + (codes // 4 + cell % PER * 48) + lines
+                a, b, c = three_words(words, exists)
+                for quad in tl.static_range(4):
+                    word = word6(a, b, c, quad)
+                    for k in tl.static_range(4):
+                        weight = field(lane(word, k), 0, 6) * (s * 256) - (s * 256 + m)
                         part = inputs + (start * CELL + (4 * quad + k) * W)
                         total = _add(total, part, weight, live, PRECISION)
             else:

@@ -169,8 +169,8 @@ def set_up(verbose: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Torch's threads would spin for milliseconds after each of its operations, on the cores that
-    # the native kernels' threads want. GNU's OpenMP takes a number of turns, some 20 us here: to the
-    # next of torch's own operations, whose threads would have to be woken otherwise. Read when
+    # the native kernels' threads want. GNU's OpenMP takes a number of turns, some 20 us here: to
+    # the next of torch's own operations, whose threads would have to be woken otherwise. Read when
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

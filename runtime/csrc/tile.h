@@ -59,7 +59,7 @@ template <class V, int BITS, class F> MOEPACK_INLINE void each_quad(const uint8_
   } else if constexpr (BITS == 6) {
     for (int v = 0; v < quads / 4; ++v, w += 192) {
       Codes a = V::load(w), b = V::load(w + 64), c = V::load(w + 128);
-      for (int i = 0; i < 3; ++i) V::prefetch(w + 64 * i + kPrefetch);
+      for (int i = 0; i < 3; ++i) ask_ahead(w + 64 * i);
       f(4 * v, V::template field<0, 63>(a));
       f(4 * v + 1, V::template field<0, 63>(b));
       f(4 * v + 2, V::template field<0, 63>(c));

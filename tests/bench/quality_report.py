@@ -80,9 +80,9 @@ lattices, which a kernel has to look up; the grids here cost one multiplication 
 weight. With `--calibrate`, where gptq is the default, the grids win.
 """
 
-ORDERS = """A network whose channels are put in another order computes the same function, but groups of
-weights are cut along that order: the error of one order is one draw of many. Here every figure is
-the mean of {} orders, the source's and random ones, the same for each row.
+ORDERS = """A network whose channels are put in another order computes the same function, but groups
+of weights are cut along that order: the error of one order is one draw of many. Here every figure
+is the mean of {} orders, the source's and random ones, the same for each row.
 """
 
 

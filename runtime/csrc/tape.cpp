@@ -10,8 +10,8 @@
 
 namespace {
 
-// Cached tokens in one chunk of work; fewer are not worth another thread.
-constexpr int64_t kAttendChunk = 1 << 15;  // multiplications
+// Multiplications of attention that are worth another thread.
+constexpr int64_t kAttendChunk = 1 << 15;
 
 // False where there is no such row.
 bool embed(const moepack_step& s) {
@@ -102,22 +102,23 @@ template <class T> void attend(const moepack_step& s, const Cached<T>& cached, i
   int64_t values_nbytes = count * kv.value_width * static_cast<int64_t>(sizeof(T));
   // Memory is asked for values while a head's keys are gone through, for the next keys while its values are.
   bool in_turns = keys_nbytes <= kAttendAhead && kv.key_width == kv.value_width;
-  int64_t each = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
-  for_chunks(threads, ceil_div(heads, each), [&](int64_t chunk) {
+  int64_t least = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
+  int64_t most = std::max(least, ceil_div(heads, 2 * threads));
+  for_ranges(heads > least ? threads : 1, heads, most, [&](int64_t from, int64_t to) {
     static thread_local std::vector<float> scores, query;
     scores.resize(static_cast<size_t>(count + 1));
     query.resize(static_cast<size_t>(kv.key_width));
-    int64_t last = std::min(heads, (chunk + 1) * each);
-    for (int64_t h = chunk * each; h < last; ++h) {
+    for (int64_t h = from; h < to; ++h) {
       const float* q = floats(s, 1) + h * s.stride[1][0];
       for (int64_t i = 0; i < kv.key_width; ++i)
         query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
       int64_t first = h / group * kv.capacity + begin;
       const T *keys = cached.keys + first * kv.key_width;
       const T *values = cached.values + first * kv.value_width;
-      bool other = h + 1 < last && (h + 1) % group == 0;  // keys come next
+      // Keys come next: after the last head of a range too, as its thread most likely goes on there.
+      bool other = h + 1 < heads && (h + 1) % group == 0;
       const T* next = keys + kv.capacity * kv.key_width;
-      if (h == chunk * each) prefetch_start(keys, keys_nbytes);
+      if (h == from) prefetch_start(keys, keys_nbytes);
       if (!in_turns) prefetch_start(values, values_nbytes);
       cached.dots(query.data(), keys, kv.key_width, count, in_turns ? values : nullptr, scores.data());
       for (int64_t t = 0; t < count; ++t) {

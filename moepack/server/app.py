@@ -87,6 +87,9 @@ async def _answer(
     name = body.get("model")
     if name not in (None, "", handlers.name):
         return _no_such_model(name, handlers.name)
+    if body.get("generation_config") is not None:
+        # An extension of transformers' own: some of its fields make more weights be loaded.
+        return _error(422, "generation_config is not taken from a request")
     body["model"] = handlers.name
     body.setdefault("stream", False)  # one of the handlers would stream otherwise
     seed = body.pop(

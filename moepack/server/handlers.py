@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,8 +204,9 @@ class _Writer:
             if self._job.seed is not None:
                 torch.manual_seed(self._job.seed)
             sequences = self._texts.generate(input_ids.long(), check=self._check, **options)
-        except Cancelled:
+        except Cancelled as error:
             _log.info("a request was stopped")
+            _let_go(error)
             if self._streams and self._stopping.is_set():  # or it would look complete
                 raise RuntimeError("the server is stopping") from None
             raise
@@ -212,6 +214,7 @@ class _Writer:
             line = _line(error)
             _log.error("a request failed: %s", line)
             _log.debug("where", exc_info=error)
+            _let_go(error)
             if not self._streams:
                 raise Refusal(500, line) from error
             # The handlers put it between quotation marks as it is.
@@ -228,7 +231,17 @@ class _Writer:
 
 
 class _Options(BaseHandler):
-    """Generation options of a request, as OpenAI's clients mean them."""
+    """Generation options of a request as OpenAI's clients mean them; messages of text alone."""
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> Any:
+        for message in messages:
+            parts = message.get("content")
+            for part in parts if isinstance(parts, list) else ():
+                if part["type"] not in ("text", "input_text", "output_text", "refusal"):
+                    # The base class would leave it out.
+                    raise Refusal(400, f"a pack reads text alone, and no {part['type']}")
+        return BaseHandler.get_processor_inputs_from_messages(messages, modality)
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
@@ -247,7 +260,7 @@ class _Unbounded(_Options):
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
     ) -> Any:
         config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
-        limits = ("max_completion_tokens", "max_tokens", "max_output_tokens", "generation_config")
+        limits = ("max_completion_tokens", "max_tokens", "max_output_tokens")
         if all(body.get(name) is None for name in limits):
             config.max_new_tokens = None
         return config
@@ -312,6 +325,11 @@ def _check(inputs: Any, config: Any, limit: int | None) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
             raise Refusal(400, f"{name} is out of its range: {value}")
+
+
+def _let_go(error: Exception) -> None:
+    """Free what the passes that failed still hold; an error would keep it to the next request."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def _line(error: Exception) -> str:

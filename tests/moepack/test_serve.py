@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -26,6 +27,10 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+PICTURE = {
+    "role": "user",
+    "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "y"}}],
+}
 LONG = 400
 """From so many tokens on the server is slow, so that there is time to leave it."""
 
@@ -294,6 +299,8 @@ def test_bodies_that_are_no_objects(server: Served, body: bytes) -> None:
         ("/chat/completions", {}, "KeyError: 'messages'"),
         ("/chat/completions", {"messages": "x"}, "cannot be used"),
         ("/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "cannot be used"),
+        ("/chat/completions", {"messages": [PICTURE]}, "reads text alone, and no image_url"),
+        ("/completions", {"prompt": "\ud800"}, "cannot be used"),
         ("/responses", {}, "KeyError: 'input'"),
     ],
 )
@@ -310,6 +317,9 @@ def test_fields_that_nobody_knows(server: Served) -> None:
     status, line, _ = server.refusal("/completions", {"prompt": "x", "tempratur": 1})
     assert status == 422
     assert "tempratur" in line
+    for path in ("/completions", "/chat/completions", "/responses"):
+        body = {"generation_config": json.dumps({"use_mtp": True}), "prompt": "x"}
+        assert server.refusal(path, body)[0] == 422
 
 
 def test_a_prompt_beyond_the_context(server: Served) -> None:
@@ -414,6 +424,16 @@ def test_a_missing_extra(command: Command, tiny: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(serve_command, "_NEEDED", ("json", "no_such_package"))
     line = command("serve", tiny).error(2)
     assert "needs no_such_package; pip install '.[serve]' in a clone" in line
+
+
+def test_a_transformers_without_the_server(
+    command: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("moepack.server.app", "moepack.server.handlers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.response", None)
+    line = command("serve", tiny, "--port", 0).error(2)
+    assert "this version of transformers or openai has not the server that moepack uses" in line
 
 
 def test_a_pack_that_is_none(command: Command, tmp_path: Path) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,105 +16,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from moepack_runtime.kernels import native
-from tests.commands import TINY, Child, Command, edit_json, wait_for
-from tests.packs import make_pack
+from tests.commands import Command, wait_for
+from tests.served import GREEDY, LONG, PROMPT, Served, message, tiny
 
-PROMPT = "And the king said unto him, Thou shalt not"
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+__all__ = ["tiny"]
+
 PICTURE = {
     "role": "user",
     "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "y"}}],
 }
-LONG = 400
-"""From so many tokens on the server is slow, so that there is time to leave it."""
-
-
-class Served:
-    """A server in a process of its own.
-
-    Args:
-        folder: Where its output goes.
-        pack: What it serves.
-    """
-
-    def __init__(self, folder: Path, pack: Path) -> None:
-        # In exact numbers, so that a near tie does not depend on what was computed before.
-        exact = ("--threads", 1, "--activations", "float")
-        words = ("serve", pack, "--port", 0, "--json", "-v", *exact)
-        self.child = Child(folder, *words, before=slow_down)
-        self._log = folder / "child-stderr"
-        wait_for(lambda: self.child.out.endswith("\n"))
-        self.url: str = json.loads(self.child.out)["url"]
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def open(self, path: str, body: object = None) -> Any:
-        """A response; an object is sent as JSON, bytes as they are. /paths are below /v1."""
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        url = self.url + path if path[0] == "/" else self.url.removesuffix("v1") + path
-        request = urllib.request.Request(url, data)
-        request.add_header("content-type", "application/json")
-        return urllib.request.urlopen(request, timeout=60)
-
-    def ask(self, path: str, body: object = None) -> dict[str, Any]:
-        with self.open(path, body) as response:
-            answer: dict[str, Any] = json.load(response)
-        return answer
-
-    def chunks(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """What a stream sends, but for its closing mark."""
-        with self.open(path, {**body, "stream": True}) as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            events = response.read().decode().split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
-
-    def refusal(self, path: str, body: object) -> tuple[int, str, str | None]:
-        """Status, message and code."""
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            self.open(path, body)
-        error = json.load(caught.value)["error"]
-        return caught.value.code, error["message"], error["code"]
-
-    def says(self, text: str) -> str:
-        """The greedy continuation of a text."""
-        return str(self.ask("/completions", {"prompt": text, **GREEDY})["choices"][0]["text"])
-
-
-GREEDY = {"temperature": 0, "max_tokens": 8}
-
-
-def slow_down() -> None:
-    """Long generations take their time; called in the server's process."""
-    from moepack.server import handlers
-
-    generate, check = handlers._Writer.generate, handlers._Writer._check
-    slow = threading.local()
-
-    def slow_generate(writer: Any, **options: Any) -> Any:
-        slow.s = 0.02 * (options["generation_config"].max_new_tokens >= LONG)
-        return generate(writer, **options)
-
-    def slow_check(writer: Any) -> None:
-        time.sleep(slow.s)
-        check(writer)
-
-    handlers._Writer.generate = slow_generate  # type: ignore[method-assign]
-    handlers._Writer._check = slow_check  # type: ignore[method-assign]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small trained model, with a chat template."""
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    make_pack(TINY, folder, quantizer="rtn")
-    edit_json(folder / "tokenizer_config.json", chat_template=TEMPLATE)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +41,6 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 @pytest.fixture
 def client(server: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-
-
-def message(text: str, role: str = "user") -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -373,78 +276,3 @@ def test_an_answer_does_not_keep_others_from_the_list(server: Served) -> None:
         assert r.readline()
         assert server.ask("/models")["data"]
         assert server.ask("health") == {"status": "ok"}
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_ctrl_c_while_it_answers(tiny: Path, tmp_path: Path, stream: bool) -> None:
-    served = Served(tmp_path, tiny)
-    answers: list[str] = []
-
-    def ask() -> None:
-        body = {"prompt": PROMPT, "max_tokens": LONG, "stream": stream}
-        try:
-            with served.open("/completions", body) as response:
-                answers.append(response.read().decode())
-        except urllib.error.HTTPError as error:
-            answers.append(error.read().decode())
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    served.child.send(signal.SIGINT)
-    for thread in threads:
-        thread.join()
-    result = served.child.wait(timeout=20)
-    assert result.code == 130
-    assert "Traceback" not in result.err
-    assert result.err.endswith("moepack: interrupted\n")
-    assert all("the server is stopping" in answer for answer in answers)
-
-
-def test_a_port_in_use(command: Command, tiny: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        line = command("serve", tiny, "--port", port).error(5)
-    assert "another program listens there" in line
-    assert f"port {port}" in line
-
-
-def test_hosts_that_are_not_here(command: Command, tiny: Path) -> None:
-    assert "203.0.113.1, port" in command("serve", tiny, "--host", "203.0.113.1").error(5)
-    assert "no such address" in command("serve", tiny, "--host", "no such host").error(2)
-
-
-def test_a_missing_extra(command: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moepack.commands import serve_command
-
-    monkeypatch.setattr(serve_command, "_NEEDED", ("json", "no_such_package"))
-    line = command("serve", tiny).error(2)
-    assert "needs no_such_package; pip install '.[serve]' in a clone" in line
-
-
-def test_a_transformers_without_the_server(
-    command: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("moepack.server.app", "moepack.server.handlers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "transformers.cli.serving.response", None)
-    line = command("serve", tiny, "--port", 0).error(2)
-    assert "this version of transformers or openai has not the server that moepack uses" in line
-
-
-def test_a_pack_that_is_none(command: Command, tmp_path: Path) -> None:
-    assert "moepack.json" in command("serve", tmp_path, "--port", 0).error(3)
-
-
-def test_without_a_chat_template(pack: Path, tmp_path: Path) -> None:
-    served = Served(tmp_path, pack)
-    status, line, _ = served.refusal("/chat/completions", {"messages": [message("x")]})
-    assert status == 400
-    assert "chat template" in line
-    assert served.says("x")
-    served.child.send(signal.SIGINT)
-    assert served.child.wait().code == 130

@@ -25,6 +25,7 @@ _COMMANDS = {
     "plan": "Say which recipe fits this machine.",
     "pull": "Download a pack from the Hub.",
     "push": "Upload a pack to the Hub.",
+    "serve": "Serve a pack with OpenAI's interface.",
     "simulate": "Compare cache sizes and policies on a routing trace.",
     "trace": "Record which experts a text uses.",
     "verify": "Check every byte of a pack.",

@@ -182,8 +182,10 @@ class Writer:
 
     def __init__(self, pack: str, model: Any, options: dict[str, Any]) -> None:
         from moepack_runtime.loading import load_tokenizer
+        from moepack_runtime.prefix_reuse import PrefixReuse
 
         self._model, self._options = model, options
+        self._texts = PrefixReuse(model)
         self._tokenizer: Any = load_tokenizer(model.moepack.pack.folder)
         if self._tokenizer is None:
             raise UsageError("the pack has no tokenizer: its source had none", where=pack)
@@ -226,7 +228,6 @@ class Writer:
 
         Ctrl-C ends the reply early: the text so far is kept and ``KeyboardInterrupt`` goes on.
         """
-        import torch
         from transformers import TextStreamer
 
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -262,9 +263,8 @@ class Writer:
         stream = Stream(self._tokenizer, skip_special_tokens=True)
         restore = _note_interrupts(interrupted)
         try:
-            self._model.generate(
+            self._texts.generate(
                 ids,
-                attention_mask=torch.ones_like(ids),
                 streamer=stream,
                 tokenizer=self._tokenizer if "stop_strings" in self._options else None,
                 **self._options,

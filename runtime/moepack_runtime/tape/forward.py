@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 """Difference of logits, relative to the largest, at which a recording is not believed."""
 
-_IGNORED = {"use_cache", "logits_to_keep", "return_dict", "cache_position"}
-"""Arguments of forward that make no difference to one token."""
+_IGNORED = {"use_cache", "logits_to_keep", "return_dict", "cache_position", "tokenizer"}
+"""Arguments of forward that make no difference to one token. The tokenizer is for stop texts;
+generate() hands it on to the model."""
 
 _GROWING_ROPE = ("dynamic", "longrope")
 """Position embeddings that change with the length, which Python decides."""

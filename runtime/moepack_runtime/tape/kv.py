@@ -204,6 +204,14 @@ class GrowingLayer(DynamicLayer):
         self.own().filled = length
         self.forget()
 
+    @override
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, ``-tokens_to_remove`` of them; nothing is copied for it."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes minus the number of tokens to remove")
+        if self.is_initialized and tokens_to_remove != 0:
+            self.rewind(max(0, self.get_seq_length() + tokens_to_remove))
+
     def played(self) -> None:
         """A played pass has put one more token behind the others."""
         self.own().filled += 1

@@ -1,0 +1,1 @@
+"""``moepack serve``: transformers' OpenAI-compatible handlers over one loaded pack."""

@@ -282,7 +282,9 @@ class MoepackQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
-        """The trunk goes to its device, and out of the mapped files."""
+        """The trunk goes to its device, and out of the mapped files; nothing is trained."""
+        # A pass outside no_grad() would keep every intermediate for a backward pass.
+        model.requires_grad_(False)
         device: torch.device = cast(Any, model).moepack.device
         if device.type != "cpu":
             cast(Any, model).to(device)

@@ -142,6 +142,11 @@ def test_the_familys_own_class(pack: Path, ids: torch.Tensor) -> None:
     assert torch.equal(model.generate(ids, **GREEDY), load_pack(pack).generate(ids, **GREEDY))
 
 
+def test_a_pass_keeps_nothing_for_a_backward_pass(pack: Path, ids: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pack)
+    assert not model(ids).logits.requires_grad
+
+
 def test_pipeline(pack: Path, ids: torch.Tensor) -> None:
     generator = pipeline("text-generation", model=str(pack), dtype=torch.float32)
     text = generator(PROMPT, return_full_text=False, **GREEDY)[0]["generated_text"]

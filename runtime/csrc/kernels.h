@@ -42,7 +42,7 @@ using TileFn = void (*)(const uint8_t* tile, int64_t blocks, const Row* rows, fl
 // Tokens that one walk over a panel's tile takes, at most: what they need stays in the first cache.
 constexpr int64_t kPanelTokens = 128;
 // Bytes that are asked for before they are needed; see ask_ahead in tile.h.
-constexpr int64_t kAhead = 8192;
+constexpr int64_t kAhead = 6144;
 
 // 16 outputs of `count` tokens from `first` on: y[n * stride + r].
 using PanelFn = void (*)(const uint8_t* tile, int64_t blocks, const Panel& x, int64_t first,

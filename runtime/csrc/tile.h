@@ -19,7 +19,8 @@ namespace {
 // Records are read once, front to back, and hardware prefetchers stop at page ends, so lines are asked for
 // ahead: into the second cache. A line on its way into the first holds one of its few places for what is
 // missing until it comes from memory, and loads wait for those; asked for that way a layer at 3 bits
-// takes 1.3 to 1.5 times as long. 6 to 16 KB ahead are about the same, 4.5 bits like the nearer end.
+// takes 1.2 to 1.5 times as long. Two threads lose up to a quarter with 4 KB in place of 6, 3 to 8 %
+// with 8.
 MOEPACK_INLINE void ask_ahead(const void* at) {
   __builtin_prefetch(static_cast<const uint8_t*>(at) + kAhead, 0, 2);
 }

@@ -45,13 +45,17 @@ inline void prefetch_start(const void* bytes, int64_t nbytes = INT64_MAX) {
   for (int64_t i = 0; i < (nbytes < kAhead ? nbytes : kAhead); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+// Bytes that take a thread about as long as waking another one.
+constexpr int64_t kFewBytes = 32 << 10;
+
 // Pieces of some bytes each that a thread takes at once: enough in a row for prefetching to pay, and some
 // times for each thread, so that one that loses its core for a moment does not hold up the others.
 inline int64_t range_pieces(int64_t piece_nbytes, int64_t pieces, int threads) {
   constexpr int64_t wanted_nbytes = 96 << 10, wanted_ranges = 4;
   int64_t by_bytes = ceil_div(wanted_nbytes, piece_nbytes);
   int64_t by_count = ceil_div(pieces, wanted_ranges * threads);
-  return by_bytes < by_count ? by_bytes : by_count;
+  int64_t most = by_bytes < by_count ? by_bytes : by_count, least = ceil_div(kFewBytes, piece_nbytes);
+  return most < least ? least : most;
 }
 
 }  // namespace moepack

@@ -104,7 +104,7 @@ template <class T> void attend(const moepack_step& s, const Cached<T>& cached, i
   bool in_turns = keys_nbytes <= kAttendAhead && kv.key_width == kv.value_width;
   int64_t least = ceil_div(kAttendChunk, count * (kv.key_width + kv.value_width));
   int64_t most = std::max(least, ceil_div(heads, 2 * threads));
-  for_ranges(heads > least ? threads : 1, heads, most, [&](int64_t from, int64_t to) {
+  for_ranges(threads, heads, most, [&](int64_t from, int64_t to) {
     static thread_local std::vector<float> scores, query;
     scores.resize(static_cast<size_t>(count + 1));
     query.resize(static_cast<size_t>(kv.key_width));

@@ -181,7 +181,7 @@ Pool& own_pool() {
 int start_threads(int threads) { return own_pool().start(threads); }
 
 void run_ranges(int threads, int64_t units, int64_t most, Body body, void* data) {
-  if (threads > 1 && units > 1) own_pool().run(threads, units, most, body, data);
+  if (threads > 1 && units > most) own_pool().run(threads, units, most, body, data);
   else if (units > 0) body(data, 0, units);
 }
 

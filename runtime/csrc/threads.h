@@ -14,9 +14,10 @@ void run_ranges(int threads, int64_t units, int64_t most, void (*body)(void*, in
                 void* data);
 
 // Calls body(first, end) for ranges of up to `most` units that make up all of them, on up to `threads`
-// threads, this one among them; all are done when it returns. Ranges become shorter towards the end of
-// what a thread has, so that none waits long for another's last. Which they are and who takes them
-// differs from call to call, so a unit's result must not depend on it.
+// threads, this one among them; all are done when it returns. Up to `most` units in all are done by this
+// thread. Ranges become shorter towards the end of what a thread has, so that none waits long for
+// another's last. Which they are and who takes them differs from call to call, so a unit's result must
+// not depend on it.
 template <class F> void for_ranges(int threads, int64_t units, int64_t most, F&& body) {
   using Body = std::remove_reference_t<F>;
   run_ranges(

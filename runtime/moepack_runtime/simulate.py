@@ -7,6 +7,7 @@ in, and every read is done before the next demand.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -238,12 +239,18 @@ class SimulatedCache:
         """The experts of one layer are computed."""
         self._layer = layer
         keys = [(layer, expert) for expert in experts]
-        self._pinned.update(key for key in keys if key in self._resident)
-        ready = [key for key in keys if self._demand_resident(key)]
+        ready = [key for key in keys if key in self._resident]
         missing = [key for key in keys if key not in self._resident]
         self.hits += len(ready)
         self.misses += len(missing)
-        for key in missing:
+        self._pinned.update(ready)
+        # In the order of the real cache, on which ages depend: guesses that were right, reads, and
+        # when they are computed with, those that were there before.
+        used = [key for key in ready if not self._come_true(key)]
+        begun = list(itertools.takewhile(self._start, missing))
+        for key in used:
+            self._policies[self._nbytes(key)].touch(key)
+        for key in missing[len(begun) :]:
             while not self._start(key):
                 # Computed with, in the real cache: no longer in use.
                 self._pinned.clear()
@@ -268,13 +275,11 @@ class SimulatedCache:
     def _class_of(self, key: Key) -> _Class:
         return self._classes[self._nbytes(key)]
 
-    def _demand_resident(self, key: Key) -> bool:
-        if key not in self._resident:
-            return False
+    def _come_true(self, key: Key) -> bool:
+        """Make an ordinary record of a guess that was right, if it is one."""
         size = self._class_of(key)
         if key not in size.staged:
-            self._policies[size.nbytes].touch(key)
-            return True
+            return False
         del size.staged[key]
         self._count_in(key, size)
         if size.demanded > size.limit:

@@ -126,10 +126,11 @@ def test_interactive(generate: Command, chatty: Path) -> None:
 
 
 def test_interactive_without_a_template(generate: Command) -> None:
-    result = generate("--interactive", "--greedy", stdin="One\nTwo\n")
+    exact = ["--greedy", "--activations", "float"]  # see test_interactive
+    result = generate("--interactive", *exact, stdin="One\nTwo\n")
     assert (result.code, result.err) == (0, "")
-    first = generate("--prompt", "One", "--greedy").out
-    second = generate("--prompt", f"One\n{first}Two", "--greedy").out
+    first = generate("--prompt", "One", *exact).out
+    second = generate("--prompt", f"One\n{first}Two", *exact).out
     assert result.out == first + second  # either may be of several lines
 
 

@@ -120,7 +120,7 @@ def test_guesses_two_layers_ahead_that_are_wrong_stop(
     monkeypatch.setattr(prefetch, "FAR_PRECISION", 1.1)
     ids = families.tokens(batch=1, length=5)
     with caplog.at_level(logging.INFO, prefetch.__name__):
-        # Rounds count in which something is read: a greedy text may go in a circle, and read nothing.
+        # Rounds count in which something is read; a greedy text may go in a circle.
         torch.manual_seed(0)
         played.generate(ids, max_new_tokens=32, do_sample=True)
     notes = [note[:2] for note in played.moepack.residency.notes]

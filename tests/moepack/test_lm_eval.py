@@ -93,7 +93,7 @@ def test_the_harness_s_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["lm_eval.models.huggingface"], "HFLM", object, raising=False)
     monkeypatch.delitem(sys.modules, "moepack.lm_eval", raising=False)
     module = importlib.import_module("moepack.lm_eval")
-    monkeypatch.delitem(sys.modules, "moepack.lm_eval")
+    del sys.modules["moepack.lm_eval"]  # which monkeypatch would put back, stand-ins and all
     monkeypatch.setattr(module, "load_pack", load)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     for device, wanted in (("cpu", "cpu"), ("cuda:0", "auto"), ("cuda", "auto"), (None, "auto")):
@@ -120,7 +120,7 @@ def test_scores_are_the_model_s(tiny: Path) -> None:
     wanted = float(logits.gather(1, ids[0, 1:, None])[2:].sum())
 
     harness = get_model("moepack").create_from_arg_string(
-        f"pretrained={tiny},ram=13MiB,activations=float", {"batch_size": 1, "device": "cuda:0"}
+        f"pretrained={tiny},ram=4GiB,activations=float", {"batch_size": 1, "device": "cuda:0"}
     )
     split = len(load_tokenizer(tiny).decode(ids[0, :3]))
     request = Instance("loglikelihood", {}, (TEXT[:split], TEXT[split:]), 0)
@@ -149,7 +149,7 @@ def test_a_local_task_runs_from_the_command_line(tiny: Path, tmp_path: Path) -> 
 
     def lm_eval(pack: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "moepack.lm_eval", "--model", "moepack"]
-        command += ["--model_args", f"pretrained={pack},ram=13MiB", "--tasks", "tiny_choices"]
+        command += ["--model_args", f"pretrained={pack},ram=4GiB", "--tasks", "tiny_choices"]
         command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results")]
         path = os.pathsep.join(sys.path)
         environment = {

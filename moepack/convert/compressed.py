@@ -273,15 +273,7 @@ class CompressedCheckpoint(DequantizedCheckpoint[_Linear]):
         group = self._plain.read(linear.g_idx).long()
         if bool((group == -1).all()):
             return None
-        low, high, groups = int(group.min()), int(group.max()), linear.grid[1]
-        if low < 0 or high >= groups:
-            raise IntegrityError(
-                "an input belongs to a group that is not there",
-                where=f"{self.folder}, {linear.name}",
-                wanted=f"0 to {groups - 1}",
-                got=low if low < 0 else high,
-            )
-        return group
+        return self._check_groups(linear, group, linear.grid[1])
 
 
 def _grid(shape: tuple[int, int], scheme: WeightScheme) -> tuple[int, int]:

@@ -123,6 +123,22 @@ class DequantizedCheckpoint(Generic[L]):
         linear = self._linears.get(key)
         return [key] if linear is None else linear.parts
 
+    def _check_groups(self, linear: L, group: torch.Tensor, groups: int) -> torch.Tensor:
+        """The group of each input, ``[in]`` int64, all of them there.
+
+        Raises:
+            IntegrityError: One is not.
+        """
+        low, high = int(group.min()), int(group.max())
+        if low < 0 or high >= groups:
+            raise IntegrityError(
+                "an input belongs to a group that is not there",
+                where=f"{self.folder}, {linear.name}",
+                wanted=f"0 to {groups - 1}",
+                got=low if low < 0 else high,
+            )
+        return group
+
     def _dequantize(self, linear: L) -> torch.Tensor:
         """The weight of a Linear, ``[out, in]`` in its dtype."""
         raise NotImplementedError

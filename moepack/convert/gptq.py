@@ -132,12 +132,4 @@ class GPTQCheckpoint(DequantizedCheckpoint[_Linear]):
             group = torch.arange(cols) // (cols if size == -1 else size)
         else:
             group = self._plain.read(linear.g_idx).long()
-        low, high = int(group.min()), int(group.max())
-        if low < 0 or high >= linear.groups:
-            raise IntegrityError(
-                "an input belongs to a group that is not there",
-                where=f"{self.folder}, {linear.name}",
-                wanted=f"0 to {linear.groups - 1}",
-                got=low if low < 0 else high,
-            )
-        return group
+        return self._check_groups(linear, group, linear.groups)

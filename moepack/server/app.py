@@ -92,9 +92,8 @@ async def _answer(
         return _error(422, "generation_config is not taken from a request")
     body["model"] = handlers.name
     body.setdefault("stream", False)  # one of the handlers would stream otherwise
-    seed = body.pop(
-        "seed", None
-    )  # the handlers would use it at once, not when it is this one's turn
+    # The handlers would use it at once, not when it is this request's turn.
+    seed = body.pop("seed", None)
     if not (seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63)):
         return _error(400, "seed must be an integer of 64 bits")
     if not body.get("stop", True):

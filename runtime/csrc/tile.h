@@ -386,29 +386,5 @@ MOEPACK_INLINE void tile(const uint8_t* w, int64_t blocks, const Row* rows, floa
   else tile_small_scales<V, S, BYTES, D, N>(w, blocks, rows, y);
 }
 
-// A tile with a byte for each code; everything else stays as it is.
-template <class V, Scheme S> void expand_tile(const uint8_t* w, int64_t blocks, uint8_t* out) {
-  constexpr Format F = kFormats[S];
-  auto copy = [&](int64_t nbytes) MOEPACK_LAMBDA {
-    memcpy(out, w, static_cast<size_t>(nbytes));
-    out += nbytes, w += nbytes;
-  };
-  copy(F.head_nbytes());
-  constexpr int each = F.span / kBlockCols;
-  int64_t starts = F.starts_below(blocks);
-  for (int64_t first = 0; first < starts; first += each) {
-    int64_t count = first + each < starts ? each : blocks - first;
-    copy(F.super_nbytes());
-    for (int64_t b = 0; b < count; ++b) {
-      for (int half = 0; half < 2; ++half, out += 512, w += F.code_nbytes() / 2)
-        each_quad<V, F.bits>(w, [&](int quad, typename V::Codes c) MOEPACK_LAMBDA {
-          V::store_codes(out + 64 * quad, F.levels() ? V::levels(c) : c);
-        });
-      copy(F.small_nbytes());
-    }
-    if (F.scale_bits == 16) copy(4 * kTileRows);
-  }
-}
-
 }  // namespace
 }  // namespace moepack

@@ -1,5 +1,5 @@
-// Tokens through the experts of one MoE layer: one token through all of its experts, or many through
-// one expert.
+// Tokens through the experts of one MoE layer: one token through all of its experts, or many tokens,
+// each through its own.
 //
 // Letters: H hidden size, I intermediate size, E experts of this token.
 #include <algorithm>
@@ -117,6 +117,76 @@ int32_t check(const Layer& layer, int64_t experts) {
   return MOEPACK_OK;
 }
 
+// Which tokens go through which expert: those of expert e are at starts[e], ..., starts[e + 1] - 1.
+struct Rows {
+  const int64_t *starts, *tokens, *places;
+  const float *weights, *x;
+  float* outputs;
+
+  int64_t of(int64_t expert) const { return starts[expert + 1] - starts[expert]; }
+};
+
+// What experts may take for inputs that go through their layer together: each time, threads wait for
+// one another three times.
+constexpr int64_t kTogetherNbytes = 16 << 20;
+
+int64_t token_inputs_nbytes(const Layer& layer, int64_t expert, int64_t tokens) {
+  const moepack_layout& at = *layer.layouts[expert];
+  bool int8 = uses_int8(at.first_scheme, layer.mode), down = uses_int8(at.down_scheme, layer.mode);
+  return Inputs::nbytes(at.first_scheme, int8, !int8, tokens, layer.hidden) +
+         Inputs::nbytes(at.down_scheme, down, !down, tokens, layer.intermediate);
+}
+
+// The tokens of experts begin, ..., end - 1. `nbytes`: of all their inputs.
+void tokens_through(const Layer& layer, const Rows& rows, int64_t begin, int64_t end, int64_t nbytes,
+                    int32_t threads) {
+  static thread_local Scratch scratch;
+  static thread_local std::vector<Inputs> into, between;  // what the experts, and what their downs read
+  scratch.reset(nbytes);
+  into.clear(), between.clear();
+  for (int64_t e = begin; e < end; ++e) {
+    const moepack_layout& at = *layer.layouts[e];
+    bool int8 = uses_int8(at.first_scheme, layer.mode), down = uses_int8(at.down_scheme, layer.mode);
+    into.emplace_back(scratch, at.first_scheme, int8, !int8, rows.of(e), layer.hidden);
+    between.emplace_back(scratch, at.down_scheme, down, !down, rows.of(e), layer.intermediate);
+  }
+  // A thread_local is another one on the other threads.
+  const Inputs *xs = into.data() - begin, *hs = between.data() - begin;
+  constexpr int64_t together = 8, ranges = 16;  // ranges: of a thread
+  int64_t first = rows.starts[begin], last = rows.starts[end];
+  for_chunks(threads, ceil_div(last - first, together), [&](int64_t chunk) {
+    int64_t from = first + chunk * together, to = std::min(last, from + together);
+    int64_t e = std::upper_bound(rows.starts + begin, rows.starts + end, from) - rows.starts - 1;
+    for (int64_t i = from; i < to; ++i) {
+      while (i >= rows.starts[e + 1]) ++e;
+      xs[e].fill(i - rows.starts[e], rows.x + rows.tokens[i] * layer.hidden, layer.hidden);
+    }
+  });
+  // Threads begin at different experts, and each goes through an expert's inputs while its second cache
+  // has them.
+  int64_t blocks = ceil_div(layer.intermediate, kBlockCols), units = (end - begin) * blocks;
+  for_ranges(threads, units, ceil_div(units, ranges * threads), [&](int64_t u, int64_t to) {
+    for (; u < to; ++u) {
+      int64_t e = begin + u / blocks;
+      if (rows.of(e) > 0) intermediate_block(layer, e, u % blocks, xs[e], hs[e], rows.of(e));
+    }
+  });
+  int64_t tiles = ceil_div(layer.hidden, kTileRows);
+  units = (end - begin) * tiles;
+  for_ranges(threads, units, ceil_div(units, ranges * threads), [&](int64_t u, int64_t to) {
+    for (; u < to; ++u) {
+      int64_t e = begin + u / tiles, t = u % tiles;
+      if (rows.of(e) == 0) continue;
+      const float* out = down_tile(layer, e, t, hs[e], rows.of(e));
+      int64_t width = std::min<int64_t>(layer.hidden - t * kTileRows, kTileRows);
+      for (int64_t i = rows.starts[e]; i < rows.starts[e + 1]; ++i, out += kTileRows) {
+        float* to_row = rows.outputs + rows.places[i] * layer.hidden + t * kTileRows;
+        for (int64_t r = 0; r < width; ++r) to_row[r] = rows.weights[i] * out[r];
+      }
+    }
+  });
+}
+
 }  // namespace
 
 int32_t moepack_experts(const uint8_t* const* records, const moepack_layout* const* layouts,
@@ -192,43 +262,28 @@ int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count, int64
   return MOEPACK_OK;
 }
 
-int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout, int64_t hidden,
-                              int64_t intermediate, const moepack_activation* activation,
-                              int32_t gated, const float* x, const int64_t* tokens,
-                              const int64_t* places, const float* weights, int64_t count,
-                              float* outputs, int32_t mode, int32_t threads) {
-  if (!record || !layout || !activation || !x || !tokens || !places || !weights || !outputs ||
-      count < 0 || hidden < 1 || intermediate < 1 || threads < 1 ||
+int32_t moepack_experts_tokens(const uint8_t* const* records, const moepack_layout* const* layouts,
+                               const int64_t* starts, int64_t count, int64_t hidden,
+                               int64_t intermediate, const moepack_activation* activation,
+                               int32_t gated, const float* x, const int64_t* tokens,
+                               const int64_t* places, const float* weights, float* outputs,
+                               int32_t mode, int32_t threads) {
+  if (!records || !layouts || !starts || !activation || !x || !tokens || !places || !weights ||
+      !outputs || count < 0 || hidden < 1 || intermediate < 1 || threads < 1 || starts[0] != 0 ||
       activation->kind < MOEPACK_SILU || activation->kind > MOEPACK_RELU2)
     return MOEPACK_BAD_ARGUMENT;
-  Layer layer{&record, &layout, hidden, intermediate, *activation, gated != 0, mode};
-  if (int32_t refusal = check(layer, 1)) return refusal;
-
-  bool int8 = uses_int8(layout->first_scheme, mode), down_int8 = uses_int8(layout->down_scheme, mode);
-  static thread_local Scratch scratch;
-  scratch.reset(Inputs::nbytes(layout->first_scheme, int8, !int8, count, hidden) +
-                Inputs::nbytes(layout->down_scheme, down_int8, !down_int8, count, intermediate));
-  Inputs inputs(scratch, layout->first_scheme, int8, !int8, count, hidden);
-  Inputs h(scratch, layout->down_scheme, down_int8, !down_int8, count, intermediate);
-  constexpr int64_t together = 8;
-  for_chunks(threads, ceil_div(count, together), [&](int64_t chunk) {
-    for (int64_t i = chunk * together; i < std::min(count, (chunk + 1) * together); ++i)
-      inputs.fill(i, x + tokens[i] * hidden, hidden);
-  });
-  for_chunks(threads, ceil_div(intermediate, kBlockCols), [&](int64_t block) {
-    intermediate_block(layer, 0, block, inputs, h, count);
-  });
-  int64_t tiles = ceil_div(hidden, kTileRows);
-  int64_t most = ceil_div(tiles, 8 * threads);  // some for each thread, as one may lose its core
-  for_ranges(threads, tiles, most, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float* out = down_tile(layer, 0, t, h, count);
-      int64_t rows = std::min<int64_t>(hidden - t * kTileRows, kTileRows);
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = outputs + places[i] * hidden + t * kTileRows;
-        for (int64_t r = 0; r < rows; ++r) to[r] = weights[i] * out[i * kTileRows + r];
-      }
-    }
-  });
+  for (int64_t e = 0; e < count; ++e)
+    if (starts[e] > starts[e + 1]) return MOEPACK_BAD_ARGUMENT;
+  Layer layer{records, layouts, hidden, intermediate, *activation, gated != 0, mode};
+  if (int32_t refusal = check(layer, count)) return refusal;
+  Rows rows{starts, tokens, places, weights, x, outputs};
+  for (int64_t begin = 0; begin < count;) {
+    int64_t end = begin, nbytes = 0;
+    do nbytes += token_inputs_nbytes(layer, end, rows.of(end)), ++end;
+    while (end < count &&
+           nbytes + token_inputs_nbytes(layer, end, rows.of(end)) <= kTogetherNbytes);
+    tokens_through(layer, rows, begin, end, nbytes, threads);
+    begin = end;
+  }
   return MOEPACK_OK;
 }

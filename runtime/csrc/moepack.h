@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 10
+#define MOEPACK_ABI 11
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -58,15 +58,17 @@ MOEPACK_API int32_t moepack_experts(const uint8_t* const* records,
                                     const moepack_activation* activation, int32_t gated,
                                     const float* x, float* y, float* outputs, int32_t mode,
                                     int32_t threads);
-/* Some tokens through one expert: outputs[places[i]] = weights[i] * expert(x[tokens[i]]), rows of H,
- * for i below count. Rows of x and of outputs that are not named are not touched. */
-MOEPACK_API int32_t moepack_expert_tokens(const uint8_t* record, const moepack_layout* layout,
-                                          int64_t hidden, int64_t intermediate,
-                                          const moepack_activation* activation, int32_t gated,
-                                          const float* x, const int64_t* tokens,
-                                          const int64_t* places, const float* weights,
-                                          int64_t count, float* outputs, int32_t mode,
-                                          int32_t threads);
+/* Many tokens through some experts: outputs[places[i]] = weights[i] * expert_e(x[tokens[i]]), rows of H,
+ * for i from starts[e] on and below starts[e + 1]; starts[0] is 0. Rows of x and of outputs that are not
+ * named are not touched. */
+MOEPACK_API int32_t moepack_experts_tokens(const uint8_t* const* records,
+                                           const moepack_layout* const* layouts,
+                                           const int64_t* starts, int64_t count, int64_t hidden,
+                                           int64_t intermediate,
+                                           const moepack_activation* activation, int32_t gated,
+                                           const float* x, const int64_t* tokens,
+                                           const int64_t* places, const float* weights,
+                                           float* outputs, int32_t mode, int32_t threads);
 /* y[t] = sum over k of rows[t * count + k], in that order. */
 MOEPACK_API int32_t moepack_sum_rows(const float* rows, int64_t tokens, int64_t count,
                                      int64_t width, float* y, int32_t threads);

@@ -129,25 +129,18 @@ class ExpertsCompute:
         top_k_weights: Tensor,
         places: dict[int, Tensor],
     ) -> Tensor:
-        """Each expert in one call with all of its tokens."""
+        """All experts that are at hand in one call, each with all of its tokens."""
         if not places:
             return torch.zeros_like(hidden)
         tokens, choices = top_k_weights.shape
         x, weights = hidden.float().contiguous(), top_k_weights.float().reshape(-1)
-        # Once for all experts: each operation of torch's costs some microseconds.
-        order, sizes = torch.cat(list(places.values())), [len(here) for here in places.values()]
-        of_expert = dict(
-            zip(
-                places,
-                zip((order // choices).split(sizes), weights[order].split(sizes), strict=True),
-                strict=True,
-            )
-        )
         outputs = zeros_in_huge_pages(tokens * choices, x.shape[1])
-        for expert, record in self._residency.fetch(self._layer, list(places)):
-            token, weight = of_expert[expert]
-            spec = self._records[expert].spec
-            fused.tokens(x, record, spec, token, places[expert], weight, outputs)
+        for records in self._residency.fetch_ready(self._layer, list(places)):
+            specs = [self._records[expert].spec for expert in records]
+            of_experts = [places[expert] for expert in records]
+            order, sizes = torch.cat(of_experts), [len(here) for here in of_experts]
+            data = list(records.values())
+            fused.tokens(x, data, specs, sizes, order // choices, order, weights[order], outputs)
         self._put_in_table(places)
         return fused.total(outputs.view(tokens, choices, -1)).to(hidden.dtype)
 

@@ -48,14 +48,18 @@ class FusedExperts(Protocol):
     def tokens(
         self,
         x: Tensor,
-        record: Tensor,
-        spec: RecordSpec,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        sizes: Sequence[int],
         tokens: Tensor,
         places: Tensor,
         weights: Tensor,
         outputs: Tensor,
     ) -> None:
-        """Rows ``tokens`` [N] of ``x`` [T, H] through one expert, weighted, to rows ``places``."""
+        """Rows ``tokens`` [N] of ``x`` [T, H], weighted, to rows ``places`` of ``outputs``.
+
+        The first ``sizes[0]`` of them go through the first expert, and so on.
+        """
 
     def total(self, outputs: Tensor) -> Tensor:
         """``[T, K, H]`` to ``[T, H]``, summed in the order of K."""

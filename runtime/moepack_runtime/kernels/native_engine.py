@@ -176,16 +176,25 @@ class _Fused:
     def tokens(
         self,
         x: Tensor,
-        record: Tensor,
-        spec: RecordSpec,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        sizes: Sequence[int],
         tokens: Tensor,
         places: Tensor,
         weights: Tensor,
         outputs: Tensor,
     ) -> None:
-        int8, threads = self._engine.int8, self._engine.threads
         self._fused.tokens(
-            x, record, spec, tokens, places, weights, outputs, int8=int8, threads=threads
+            x,
+            records,
+            specs,
+            sizes,
+            tokens,
+            places,
+            weights,
+            outputs,
+            int8=self._engine.int8,
+            threads=self._engine.threads,
         )
 
     def total(self, outputs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape letters: T tokens, K experts of a token, H hidden size.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,8 +115,9 @@ class FusedExperts:
     def tokens(
         self,
         x: Tensor,
-        record: Tensor,
-        spec: RecordSpec,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        sizes: Sequence[int],
         tokens: Tensor,
         places: Tensor,
         weights: Tensor,
@@ -124,33 +126,37 @@ class FusedExperts:
         int8: bool,
         threads: int,
     ) -> None:
-        """Send N tokens through one expert; their weighted outputs go to rows of ``outputs``.
+        """Send tokens through some experts; their weighted outputs go to rows of ``outputs``.
 
         Args:
             x: ``[T, H]`` float32.
-            record: The expert's record, uint8.
-            spec: Its layout.
-            tokens: ``[N]`` int64, rows of ``x``.
-            places: ``[N]`` int64, rows of ``outputs``.
+            records: The experts' records, uint8.
+            specs: Their layouts.
+            sizes: How many tokens go through each; N in all.
+            tokens: ``[N]`` int64, rows of ``x``: those of the first expert, then of the next.
+            places: ``[N]`` int64, rows of ``outputs``, each once.
             weights: ``[N]`` float32, the router's.
             outputs: ``[P, H]`` float32.
             int8: Whether activations are rounded to 8 bits.
             threads: How many to use.
 
         Raises:
-            FormatError: The record is too short.
+            FormatError: A record is too short.
             TypeError: A tensor has another dtype or is not on the CPU.
             ValueError: A tensor has another shape or is not contiguous, or a row does not exist.
         """
-        hidden, intermediate = self._sizes
-        count = len(tokens)
-        check_bytes(record, spec.payload_nbytes, "record")
+        (hidden, intermediate), experts, count = self._sizes, len(records), sum(sizes)
+        for record, spec, _ in zip(records, specs, sizes, strict=True):
+            check_bytes(record, spec.payload_nbytes, "record")
         check_rows(tokens, count, len(x), "tokens")
         check_rows(places, count, len(outputs), "places")
+        pointers = POINTER * experts
         check(
-            loaded().moepack_expert_tokens(
-                record.data_ptr(),
-                ctypes.addressof(self._layout(spec)),
+            loaded().moepack_experts_tokens(
+                pointers(*(record.data_ptr() for record in records)),
+                pointers(*(ctypes.addressof(self._layout(spec)) for spec in specs)),
+                (ctypes.c_int64 * (experts + 1))(0, *itertools.accumulate(sizes)),
+                experts,
                 hidden,
                 intermediate,
                 ctypes.addressof(self._activation),
@@ -159,7 +165,6 @@ class FusedExperts:
                 tokens.data_ptr(),
                 places.data_ptr(),
                 check_floats(weights, (count,), "weights"),
-                count,
                 check_floats(outputs, (len(outputs), hidden), "outputs"),
                 int8,
                 threads,

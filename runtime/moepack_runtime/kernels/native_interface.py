@@ -6,7 +6,7 @@ import ctypes
 
 from moepack_formats.schemes import SCHEMES
 
-ABI = 10
+ABI = 11
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
 REFUSALS = {1: "a bad argument", 2: "a short buffer", 3: "not supported on this machine"}
@@ -69,19 +69,9 @@ SIGNATURES = {
         INT,
         [*[POINTER] * 3, *[LONG] * 3, POINTER, INT, *[POINTER] * 3, INT, INT],
     ),
-    "moepack_expert_tokens": (
+    "moepack_experts_tokens": (
         INT,
-        [
-            *[POINTER] * 2,
-            *[LONG] * 2,
-            POINTER,
-            INT,
-            *[POINTER] * 4,
-            LONG,
-            POINTER,
-            INT,
-            INT,
-        ],
+        [*[POINTER] * 3, *[LONG] * 3, POINTER, INT, *[POINTER] * 5, INT, INT],
     ),
     "moepack_sum_rows": (INT, [POINTER, LONG, LONG, LONG, POINTER, INT]),
     "moepack_tape_run": (LONG, [POINTER, LONG, LONG, INT, INT, POINTER]),

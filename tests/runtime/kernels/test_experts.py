@@ -64,16 +64,18 @@ def check_tokens(
     weights: Tensor,
     bound: float,
 ) -> None:
-    """Many tokens through one expert are as each of them alone; other rows are not touched."""
+    """Many tokens through some experts are as each of them alone; other rows are not touched."""
     x = torch.randn(11, adapter.hidden_size, generator=torch.Generator().manual_seed(6))
+    sizes = [7, *[0] * (len(specs) - 2), 2]
     tokens, places = torch.tensor([10, 3, 3, 0, 7, 5, 1, 9, 2]), torch.arange(20, 2, -2)
     outputs = torch.full((22, adapter.hidden_size), 7.0)
     scale = torch.rand(9, generator=torch.Generator().manual_seed(7))
-    fused.tokens(x, records[0], specs[0], tokens, places, scale, outputs)
+    fused.tokens(x, records, specs, sizes, tokens, places, scale, outputs)
     untouched = [row for row in range(22) if row not in places]
     assert torch.equal(outputs[untouched], torch.full((len(untouched), x.shape[1]), 7.0))
-    for token, place, weight in zip(tokens, places, scale, strict=True):
-        alone = fused(x[token], records[:1], specs[:1], weight.view(1))
+    experts = [number for number, size in enumerate(sizes) for _ in range(size)]
+    for e, token, place, weight in zip(experts, tokens, places, scale, strict=True):
+        alone = fused(x[token], records[e : e + 1], specs[e : e + 1], weight.view(1))
         assert relative(outputs[place], alone) < bound
 
 

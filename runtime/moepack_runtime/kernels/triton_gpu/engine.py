@@ -130,18 +130,21 @@ class TritonExperts:
     def tokens(
         self,
         x: Tensor,
-        record: Tensor,
-        spec: RecordSpec,
+        records: Sequence[Tensor],
+        specs: Sequence[RecordSpec],
+        sizes: Sequence[int],
         tokens: Tensor,
         places: Tensor,
         weights: Tensor,
         outputs: Tensor,
     ) -> None:
         """See :class:`moepack_runtime.kernels.FusedExperts`."""
-        table = self._experts.table([record], [spec])
-        index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=x.device)
+        table = self._experts.table(records, specs)
+        index = torch.arange(len(records)).repeat_interleave(torch.tensor(sizes))
         part = outputs.new_empty(len(tokens), outputs.shape[1])
-        self._experts.many_tokens(x[tokens], index, weights.view(-1, 1), table, part)
+        self._experts.many_tokens(
+            x[tokens], index.view(-1, 1).to(x.device), weights.view(-1, 1), table, part
+        )
         outputs[places] = part
 
     def total(self, outputs: Tensor) -> Tensor:

@@ -103,19 +103,22 @@ def test_an_expert_on_more_tokens_than_a_tile(device: torch.device) -> None:
     many_tokens(device, FakeAdapter(64, 32, SILU), [spec], 40)
 
 
-def test_one_expert_with_all_of_its_tokens(device: torch.device) -> None:
+def test_experts_with_all_of_their_tokens(device: torch.device) -> None:
     adapter: Any = FakeAdapter(48, 40, SILU)
     spec = plan_record(48, 40, "q4g64", "q8g64")
-    record, x = random_record(spec, 1), torch.randn(4, 48)
-    tokens, places, weights = torch.tensor([3, 0]), torch.tensor([5, 1]), torch.tensor([0.5, 2.0])
+    records, x = [random_record(spec, seed) for seed in (1, 2, 3)], torch.randn(4, 48)
+    tokens, places = torch.tensor([3, 0, 3]), torch.tensor([5, 1, 2])
+    weights, sizes = torch.tensor([0.5, 2.0, -1.0]), [2, 0, 1]
     wanted = torch.zeros(6, 48)
-    y = ReferenceEngine().expert(record, spec, adapter, x[tokens])
-    wanted[places] = y * weights.unsqueeze(1)
+    for record, here in ((records[0], slice(0, 2)), (records[2], slice(2, 3))):
+        y = ReferenceEngine().expert(record, spec, adapter, x[tokens[here]])
+        wanted[places[here]] = y * weights[here].unsqueeze(1)
     outputs, fused = torch.zeros(6, 48, device=device), ENGINE.fused(adapter)
     assert fused is not None
     assert fused.takes(2)
     numbers = tokens.to(device), places.to(device), weights.to(device)
-    fused.tokens(x.to(device), record.to(device), spec, *numbers, outputs)
+    there = [record.to(device) for record in records]
+    fused.tokens(x.to(device), there, [spec] * 3, sizes, *numbers, outputs)
     assert relative(outputs.cpu(), wanted) < 2e-5
     total = fused.total(outputs.view(3, 2, 48)).cpu()
     torch.testing.assert_close(total, wanted.view(3, 2, 48).sum(1), rtol=1e-4, atol=1e-4)

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _SLOT_OPTIONS = ("slots", "policy", "scope", "pin", "cache_bias")
 """Options about slots, by parameter name; mapped files have none."""
 
-_GPU_OPTIONS = ("vram", "hybrid")
+_GPU_OPTIONS = ("vram", "context", "hybrid")
 """Options about a GPU, by parameter name; where the CPU computes they would do nothing."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -141,7 +141,15 @@ def runtime_options(function: F) -> F:
             "--vram",
             type=parse_size,
             metavar="SIZE",
-            help="GPU memory for trunk and experts [default: a safe share of what is free].",
+            help="GPU memory for trunk, experts and the text's context [default: a safe share of "
+            "what is free].",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(1),
+            metavar="TOKENS",
+            help="The longest text, prompt and answer, that --vram has room for [default: 4096, "
+            "or as many as the model reads].",
         ),
     ):
         function = option(function)

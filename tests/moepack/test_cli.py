@@ -136,7 +136,9 @@ def test_cuda_is_refused_where_there_is_none(command: Command, pack: Path) -> No
     assert "there is no CUDA device" in result.error(2)
 
 
-@pytest.mark.parametrize("option", [("--vram", "1GB"), ("--hybrid", "on"), ("--hybrid", "off")])
+@pytest.mark.parametrize(
+    "option", [("--vram", "1GB"), ("--context", "64"), ("--hybrid", "on"), ("--hybrid", "off")]
+)
 @pytest.mark.parametrize(
     "arguments",
     [

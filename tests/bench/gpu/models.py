@@ -45,9 +45,9 @@ def vram_for(pack: Path, share: float, **options: Any) -> int:
     model = load_pack(pack, **options)
     sizes = record_sizes(model.moepack.pack)
     everything = sum(nbytes * count for nbytes, count in sizes.items())
-    trunk = sum(t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()])
+    fixed = model.moepack.fixed.nbytes
     model.moepack.close()
-    return int((trunk + max(share * everything, sum(sizes))) / 0.97)
+    return int((fixed + max(share * everything, sum(sizes))) / 0.97)
 
 
 def greedy_everywhere(pack: Path, device: torch.device) -> list[Greedy]:

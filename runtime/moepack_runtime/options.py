@@ -68,6 +68,7 @@ class RuntimeOptions:
         offload: What is moved to a GPU: ``experts`` as they are needed, or whole ``layers``, to
             compare with.
         keep: Whether experts stay in GPU memory after their use.
+        compile: Whether decoding on a GPU is compiled into CUDA graphs.
         link: A simulated device; None for real ones.
     """
 
@@ -91,6 +92,7 @@ class RuntimeOptions:
     hybrid: str = "auto"
     offload: str = "experts"
     keep: bool = True
+    compile: bool = False
     link: LinkSpec | None = None
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ from .experts_compute import ExpertsCompute
 from .gpu.compute import DeviceCompute
 from .gpu.device_cache import DeviceCache
 from .gpu.speculator import DeviceSpeculator
-from .gpu.tier import DeviceTier, Fixed, open_tier, resolve_device
+from .gpu.tier import DeviceTier, Fixed, on_cpu, open_tier, resolve_device, warn_unused
 from .hub.cache import complete_snapshot
 from .kernels import select
 from .kernels.native_engine import NativeEngine
@@ -49,6 +49,7 @@ from .trunk import check_fits, check_trunk, copy_out_of_files, trunk_nbytes
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
 
+    from .gpu.compiled import CompiledTrunk
     from .tape import TapeForward
 
 
@@ -70,9 +71,11 @@ class PackRuntime:
         engine: Computes with packed weights.
         adapters: The experts modules, without their weights.
         layers: What each of them computes with on the CPU.
+        device_layers: The same on a GPU.
         device: Where the trunk computes.
         tier: Experts on a GPU; None on the CPU.
         tape: Plays tokens; None where nothing is recorded.
+        compiled: Decodes on a GPU if it was asked for; None otherwise.
         budget: What the process may take, and what it needs.
         fixed: What takes GPU memory besides experts; None on the CPU.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
@@ -97,7 +100,9 @@ class PackRuntime:
         """
         self.pack, self.stats = pack, Statistics()
         self.fixed: Fixed | None = None
+        self.device_layers: list[DeviceCompute] = []
         self.tape: TapeForward | None = None
+        self.compiled: CompiledTrunk | None = None
         self.left_in_file: list[str] = []
         self.tier: DeviceTier | None = None
         options = current_options()
@@ -110,7 +115,7 @@ class PackRuntime:
         self.engine = select(
             options.engine, options.activations, options.threads, device=self.device
         )
-        on_device = self.device.type == "cuda" or options.link is not None
+        on_device = not on_cpu(options)
         if on_device:  # before there are modules that cannot run on the meta device
             tokens = context_tokens(model, options.context)
             context = context_nbytes(model, adapters, tokens)
@@ -123,6 +128,7 @@ class PackRuntime:
             self.fixed = Fixed(trunk_nbytes(model, dtype), context, tokens)
             self._install_on_device(model, options, self.fixed, opened)
             return
+        warn_unused(options)
         if not self.budget.holds(trunk_nbytes(model, dtype)):
             self.left_in_file = leave_embeddings(model, pack)
         self.budget = self.budget.with_trunk(trunk_nbytes(model, dtype))
@@ -180,6 +186,7 @@ class PackRuntime:
                 tier.helper,
             )
             adapter.install(compute)
+            self.device_layers.append(compute)
 
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
@@ -190,6 +197,16 @@ class PackRuntime:
             return
         if isinstance(self.engine, NativeEngine):
             self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
+
+    def compile_decoding(self, model: PreTrainedModel) -> None:
+        """Let ``generate()`` decode with CUDA graphs, if that was asked for; weights are there."""
+        if self.tier is None or self.fixed is None or not current_options().compile:
+            return
+        from .gpu.compiled import CompiledTrunk  # needs torch's compiler
+
+        guesses = cast("DeviceSpeculator | None", self.speculator)
+        parts = self.adapters, self.device_layers, guesses, self.tier.link
+        self.compiled = CompiledTrunk(model, *parts, self.fixed.tokens)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -223,6 +240,7 @@ class MoepackQuantizer(HfQuantizer):
     """Prepares a model on the meta device for the weights of a pack."""
 
     requires_calibration = True  # packs are made by `moepack convert`, never while loading
+    _compiles = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse device maps: where a pack runs is an option of its own.
@@ -296,8 +314,11 @@ class MoepackQuantizer(HfQuantizer):
         device: torch.device = cast(Any, model).moepack.device
         if device.type != "cpu":
             cast(Any, model).to(device)
-            return model
-        copy_out_of_files(model)
+        else:
+            copy_out_of_files(model)
+        runtime: PackRuntime = cast(Any, model).moepack
+        runtime.compile_decoding(model)
+        self._compiles = runtime.compiled is not None and runtime.compiled.refusal is None
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
@@ -307,6 +328,14 @@ class MoepackQuantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """A loaded pack cannot be saved again by transformers."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate()`` may compile: with what there is on a GPU, if that was asked for.
+
+        transformers asks once the model is loaded.
+        """
+        return self._compiles
 
     @property
     def is_trainable(self) -> bool:

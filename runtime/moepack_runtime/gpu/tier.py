@@ -95,6 +95,25 @@ def resolve_device(options: RuntimeOptions) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def on_cpu(options: RuntimeOptions) -> bool:
+    """Whether neither a GPU nor a simulated one computes with these options.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    return options.link is None and resolve_device(options).type == "cpu"
+
+
+def warn_unused(options: RuntimeOptions) -> None:
+    """One line for options about a GPU that were set; the CPU computes."""
+    usual = RuntimeOptions()
+    names = ("vram", "context", "hybrid", "offload", "keep", "compile")
+    unused = [name for name in names if getattr(options, name) != getattr(usual, name)]
+    if unused:
+        what = " and ".join([", ".join(unused[:-1]), unused[-1]] if unused[1:] else unused)
+        _log.warning("the CPU computes: %s %s nothing", what, "do" if unused[1:] else "does")
+
+
 def open_tier(
     pack: Pack,
     options: RuntimeOptions,

@@ -151,6 +151,21 @@ def test_a_text_has_its_part_of_the_budget(pack: Path) -> None:
     assert slots[8] > slots[100]
 
 
+def test_options_that_do_nothing_on_the_cpu_are_named(
+    pack: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_pack(pack, device="cpu").moepack.close()
+        assert not caplog.records
+        load_pack(pack, device="cpu", compile=True).moepack.close()
+        load_pack(pack, device="cpu", vram="1GiB", context=64, hybrid="off").moepack.close()
+        load_pack(pack, device="cpu", vram="1GiB", link=LINK).moepack.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the CPU computes: compile does nothing",
+        "the CPU computes: vram, context and hybrid do nothing",
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(UsageError, match="no CUDA device"):

@@ -99,13 +99,18 @@ class PackRunner:
 
     def __init__(self, model: Any) -> None:
         self._model, self._cache = model, None
+        compiled = model.moepack.compiled
+        self._compiled = compiled if compiled is not None and compiled.refusal is None else None
 
     def prefill(self, ids: Sequence[int]) -> None:
         """See :class:`Runner`."""
         import torch
 
         prompt = torch.tensor([ids], device=self._model.device)
-        output = self._model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        cache = None if self._compiled is None else self._compiled.new_cache()
+        output = self._model(
+            input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         self._cache = output.past_key_values
         self._finish()
 
@@ -113,9 +118,10 @@ class PackRunner:
         """See :class:`Runner`."""
         import torch
 
+        forward = self._model if self._compiled is None else self._compiled
         for token in ids:
             one = torch.tensor([[token]], device=self._model.device)
-            output = self._model(input_ids=one, past_key_values=self._cache, use_cache=True)
+            output = forward(input_ids=one, past_key_values=self._cache, use_cache=True)
             self._cache = output.past_key_values
         self._finish()
 

@@ -106,6 +106,7 @@ def command(
         _ablation(pack, lengths, seed, simulate_link, as_json, runtime)
         return
     refuse_with("a measurement that is no --ablation", "simulate_link")
+    runtime["context"] = runtime["context"] or max(prompt_tokens, context_tokens + max_new_tokens)
     model = load(pack, **runtime)
     threads = runtime["threads"] or physical_cores()
     vocabulary = model.config.get_text_config().vocab_size

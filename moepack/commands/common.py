@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _SLOT_OPTIONS = ("slots", "policy", "scope", "pin", "cache_bias")
 """Options about slots, by parameter name; mapped files have none."""
 
-_GPU_OPTIONS = ("vram", "hybrid")
+_GPU_OPTIONS = ("vram", "context", "hybrid", "compile")
 """Options about a GPU, by parameter name; where the CPU computes they would do nothing."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,6 +69,14 @@ def runtime_options(function: F) -> F:
             help="Threads [default: physical cores].",
         ),
         _choice("--device", DEVICES, "Where to compute; auto is a GPU where there is one."),
+        click.option(
+            "--compile/--no-compile",
+            "compile",
+            default=RuntimeOptions.compile,
+            help="On a GPU: decode with CUDA graphs of everything between experts that have to be "
+            "brought, of whole tokens where all are there. Tracing the model for them takes up to "
+            "minutes, and the cache of the text has the full size of --context.",
+        ),
         _choice(
             "--hybrid",
             HYBRID_MODES,
@@ -141,7 +149,15 @@ def runtime_options(function: F) -> F:
             "--vram",
             type=parse_size,
             metavar="SIZE",
-            help="GPU memory for trunk and experts [default: a safe share of what is free].",
+            help="GPU memory for trunk, experts and the text's context [default: a safe share of "
+            "what is free].",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(1),
+            metavar="TOKENS",
+            help="The longest text, prompt and answer, that --vram has room for [default: 4096, "
+            "or as many as the model reads].",
         ),
     ):
         function = option(function)
@@ -205,13 +221,17 @@ def load(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from moepack_runtime.lean_imports import import_transformers
+    if not more.get("compile"):  # which needs torch's compiler
+        from moepack_runtime.lean_imports import import_transformers
 
-    import_transformers()
+        import_transformers()
+    from moepack_runtime.gpu.tier import on_cpu
     from moepack_runtime.loading import load_pack
     from moepack_runtime.trace import most_used, read_trace
 
-    _refuse_gpu_options(**more)
+    if on_cpu(RuntimeOptions(device=more["device"], link=more.get("link"))):
+        _refuse_gpu_options()
+        more["context"] = None  # of a command's own
     pins = most_used(read_trace(pin)) if pin is not None else ()
     transformers_logging.disable_progress_bar()
     threads = threads or physical_cores()
@@ -245,14 +265,10 @@ def refuse_with(what: str, *names: str) -> None:
         raise UsageError(f"{option} does nothing with {what}", remedy="leave one of them out")
 
 
-def _refuse_gpu_options(*, device: str, link: object = None, **_: Any) -> None:
-    """Refuse options about a GPU where neither a GPU nor a simulated one computes."""
+def _refuse_gpu_options() -> None:
+    """Refuse options about a GPU; the CPU computes."""
     import torch
 
-    from moepack_runtime.gpu.tier import resolve_device
-
-    if link is not None or resolve_device(RuntimeOptions(device=device)).type != "cpu":
-        return
     for option in given(*_GPU_OPTIONS):
         raise UsageError(
             f"{option} does nothing where the CPU computes",

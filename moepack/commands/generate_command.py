@@ -231,8 +231,15 @@ class Writer:
         from transformers import TextStreamer
 
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] + self._options["max_new_tokens"] > limit:
+        tokens = ids.shape[1] + self._options["max_new_tokens"]
+        if limit is not None and tokens > limit:
             say(f"moepack: the model was made for {limit} tokens; beyond them it may ramble")
+        fixed = self._model.moepack.fixed
+        if fixed is not None and tokens > fixed.tokens:
+            say(
+                f"moepack: --vram has room for a text of {fixed.tokens} tokens, this one may have "
+                f"{tokens}: it takes more memory (or give --context {tokens})"
+            )
         ids, reply = ids.to(self._model.device), Reply(ids.shape[1])
         start = time.perf_counter()
 

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 @click.argument("src")
 @click.option("--vram", type=parse_size, default="0", metavar="SIZE", help="GPU memory, if any.")
 @click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="The longest text that --vram has room for, as for generate [default: 4096, or as many as "
+    "the model reads].",
+)
+@click.option(
     "--ram",
     type=parse_size,
     metavar="SIZE",
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
 def command(
     src: str,
     vram: int,
+    context: int | None,
     ram: int | None,
     disk: int | None,
     folder: Path,
@@ -69,7 +77,7 @@ def command(
     from moepack_runtime.memory import default_budget
     from moepack_runtime.residency import fixed_nbytes
 
-    sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits)
+    sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits, context=context)
     machine = Machine(
         vram,
         default_budget() if ram is None else ram,
@@ -87,6 +95,7 @@ def command(
                 "recipes": [asdict(one) for one in fits],
                 "expert_parameters": sizes.expert_parameters,
                 "trunk_bytes": sizes.trunk_nbytes,
+                "context_bytes": sizes.context_nbytes,
                 "machine": asdict(machine),
             }
         )
@@ -99,9 +108,11 @@ def command(
 
 
 def _print(sizes: ModelSizes, machine: Machine, fits: list[Fit], chosen: Fit | None) -> None:
+    context = f", context {format_size(sizes.context_nbytes)}" if machine.vram else ""
+    speeds = f"{machine.memory_speed / 1e9:.1f} GB/s, disk {machine.disk_speed / 1e9:.2f} GB/s"
     click.echo(
-        f"{sizes.expert_parameters:,} expert parameters, trunk {format_size(sizes.trunk_nbytes)}; "
-        f"memory {machine.memory_speed / 1e9:.1f} GB/s, disk {machine.disk_speed / 1e9:.2f} GB/s"
+        f"{sizes.expert_parameters:,} expert parameters, trunk {format_size(sizes.trunk_nbytes)}"
+        f"{context}; memory {speeds}"
     )
     click.echo("  experts          bits  size        in memory  tok/s at most")
     for one in fits:

@@ -69,9 +69,10 @@ def _serve(
 ) -> None:
     # Ahead of the server's own imports, which would bring in all of transformers; and they come
     # before the model, so that the memory they take is not given to experts.
-    from moepack_runtime.lean_imports import import_transformers
+    if not runtime["compile"]:
+        from moepack_runtime.lean_imports import import_transformers
 
-    import_transformers()
+        import_transformers()
     import uvicorn
 
     from moepack.server.app import build_app

@@ -23,6 +23,7 @@ from moepack_formats import osio
 from moepack_formats.errors import ResourceError, UsageError
 from moepack_formats.record import plan_record
 from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
+from moepack_runtime.context_memory import context_nbytes, context_tokens
 from moepack_runtime.experts import find_experts
 from moepack_runtime.gpu.tier import WORK_SHARE
 from moepack_runtime.options import format_size
@@ -55,6 +56,7 @@ class ModelSizes:
         trunk_nbytes: Everything else, as packed.
         trunk_ram_nbytes: The same in memory on the CPU, where what is not packed is float32.
         trunk_token_nbytes: What of it a token reads.
+        context_nbytes: Keys and values of a text.
         record_nbytes: ``{scheme: bytes of all experts}``.
         token_nbytes: ``{scheme: bytes of the experts that one token asks for}``.
     """
@@ -63,6 +65,7 @@ class ModelSizes:
     trunk_nbytes: int
     trunk_ram_nbytes: int
     trunk_token_nbytes: int
+    context_nbytes: int
     record_nbytes: dict[str, int]
     token_nbytes: dict[str, int]
 
@@ -94,7 +97,7 @@ class Machine:
         host = self.ram - self.fixed
         if not self.vram:
             return host - sizes.trunk_ram_nbytes
-        device = int(self.vram * (1 - WORK_SHARE)) - sizes.trunk_nbytes
+        device = int(self.vram * (1 - WORK_SHARE)) - sizes.trunk_nbytes - sizes.context_nbytes
         return max(device, host) if min(device, host) > 0 else min(device, host)
 
 
@@ -121,8 +124,15 @@ class Fit:
     fits_disk: bool
 
 
-def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
+def sizes_of(
+    config: Mapping[str, Any], *, attn_bits: int = 4, context: int | None = None
+) -> ModelSizes:
     """Sizes of a model from its ``config.json``.
+
+    Args:
+        config: The file's content.
+        attn_bits: Of the trunk's Linear weights.
+        context: Tokens of a text; None for as many as the runtime has room for by default.
 
     Raises:
         UsageError: The model is not supported, or does not say how many experts a token has, or
@@ -174,7 +184,8 @@ def sizes_of(config: Mapping[str, Any], *, attn_bits: int = 4) -> ModelSizes:
         for name, tensor in model.state_dict().items()
         if name in trunk
     )
-    return ModelSizes(parameters, sum(trunk.values()), in_memory, token_trunk, whole, token)
+    text = context_nbytes(model, adapters, context_tokens(model, context))
+    return ModelSizes(parameters, sum(trunk.values()), in_memory, token_trunk, text, whole, token)
 
 
 def recipes(sizes: ModelSizes, machine: Machine) -> list[Fit]:
@@ -214,7 +225,7 @@ def lacking(sizes: ModelSizes, machine: Machine) -> ResourceError:
         ("disk", sizes.trunk_nbytes + sizes.record_nbytes[smallest] - 1, machine.disk),
     ]
     if machine.vram:
-        device = int(sizes.trunk_nbytes / (1 - WORK_SHARE))
+        device = int((sizes.trunk_nbytes + sizes.context_nbytes) / (1 - WORK_SHARE))
         needs.insert(0, ("GPU memory", device, machine.vram))
     short = [(what, need, there) for what, need, there in needs if there <= need]
     return ResourceError(

@@ -59,13 +59,16 @@ class RuntimeOptions:
             the checkpoint's, and for what transformers is asked for on a GPU.
         tape: Whether decoding is recorded and played by the native library, where it can be.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
-        vram: Bytes of GPU memory for the trunk and the expert slots there; None for most of what
-            is free.
+        vram: Bytes of GPU memory for the trunk, the expert slots there and the context; None for
+            most of what is free.
+        context: Tokens of the longest text, prompt and answer, that ``vram`` has to have room for;
+            None for 4,096, or as many as the model reads if these are fewer.
         hybrid: Whether missing experts are computed on the CPU rather than copied: never, always,
             or where that is estimated to be faster.
         offload: What is moved to a GPU: ``experts`` as they are needed, or whole ``layers``, to
             compare with.
         keep: Whether experts stay in GPU memory after their use.
+        compile: Whether decoding on a GPU is compiled into CUDA graphs.
         link: A simulated device; None for real ones.
     """
 
@@ -85,9 +88,11 @@ class RuntimeOptions:
     tape: bool = True
     device: str = "auto"
     vram: int | None = None
+    context: int | None = None
     hybrid: str = "auto"
     offload: str = "experts"
     keep: bool = True
+    compile: bool = False
     link: LinkSpec | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +102,7 @@ class RuntimeOptions:
             ("threads", self.threads),
             ("I/O threads", self.io_threads),
             ("slots", self.slots),
+            ("tokens of context", self.context),
         ):
             if number is not None and number < 1:
                 raise UsageError(f"too few {what}", wanted="1 or more", got=number)

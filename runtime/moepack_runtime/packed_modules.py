@@ -15,6 +15,9 @@ from moepack_formats.schemes import TILE_ROWS, get_scheme
 from .kernels import Engine
 from .tile_file import TileFile
 
+FEW = 64
+"""Tokens for which a GPU decodes a tile each, though some may be the same."""
+
 
 class PackedLinear(nn.Module):
     """A Linear whose weight is tiles of codes.
@@ -92,8 +95,9 @@ class PackedEmbedding(nn.Module):
                 waited for, the device's next error is that.
         """
         self._check(ids)
-        if ids.numel() == 1:  # a GPU need not be waited for to know what is unique
-            wanted, place = (ids // TILE_ROWS).reshape(1), torch.zeros_like(ids)
+        if ids.numel() <= (1 if ids.is_cpu else FEW):  # a GPU would have to tell what is unique
+            wanted = (ids // TILE_ROWS).reshape(-1)
+            place = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         else:
             wanted, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
         if self.packed is None:

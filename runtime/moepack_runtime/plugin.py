@@ -27,19 +27,20 @@ from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import Pack
 
 from .cache_bias import CacheBias
-from .experts import IMPLEMENTATION, ExpertsAdapter, find_experts, register_experts_function
+from .context_memory import context_nbytes, context_tokens
+from .experts import IMPLEMENTATION, find_experts, register_experts_function
 from .experts_compute import ExpertsCompute
 from .gpu.compute import DeviceCompute
 from .gpu.device_cache import DeviceCache
 from .gpu.speculator import DeviceSpeculator
-from .gpu.tier import DeviceTier, open_tier, resolve_device
+from .gpu.tier import DeviceTier, Fixed, on_cpu, open_tier, resolve_device, warn_unused
 from .hub.cache import complete_snapshot
 from .kernels import select
 from .kernels.native_engine import NativeEngine
 from .options import RuntimeOptions, current_options
+from .pack_checks import check_layers, check_pins
 from .pack_config import MODEL_TYPE
 from .packed_modules import leave_embeddings, swap_modules
-from .policies import Key
 from .prefetch import Speculator
 from .residency import Residency, open_budget, open_residency
 from .statistics import Statistics
@@ -48,6 +49,7 @@ from .trunk import check_fits, check_trunk, copy_out_of_files, trunk_nbytes
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
 
+    from .gpu.compiled import CompiledTrunk
     from .tape import TapeForward
 
 
@@ -69,10 +71,13 @@ class PackRuntime:
         engine: Computes with packed weights.
         adapters: The experts modules, without their weights.
         layers: What each of them computes with on the CPU.
+        device_layers: The same on a GPU.
         device: Where the trunk computes.
         tier: Experts on a GPU; None on the CPU.
         tape: Plays tokens; None where nothing is recorded.
+        compiled: Decodes on a GPU if it was asked for; None otherwise.
         budget: What the process may take, and what it needs.
+        fixed: What takes GPU memory besides experts; None on the CPU.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
@@ -94,27 +99,36 @@ class PackRuntime:
             opened: Takes what has to be closed when loading fails after all.
         """
         self.pack, self.stats = pack, Statistics()
+        self.fixed: Fixed | None = None
+        self.device_layers: list[DeviceCompute] = []
         self.tape: TapeForward | None = None
+        self.compiled: CompiledTrunk | None = None
         self.left_in_file: list[str] = []
         self.tier: DeviceTier | None = None
         options = current_options()
         self.adapters = adapters = find_experts(model)
-        _check_layers(model, pack, adapters)
-        _check_pins(pack, options.pins)
+        check_layers(model, pack, adapters)
+        check_pins(pack, options.pins)
         for adapter in adapters:
             adapter.strip()
         self.device = resolve_device(options)
         self.engine = select(
             options.engine, options.activations, options.threads, device=self.device
         )
+        on_device = not on_cpu(options)
+        if on_device:  # before there are modules that cannot run on the meta device
+            tokens = context_tokens(model, options.context)
+            context = context_nbytes(model, adapters, tokens)
         swap_modules(model, pack.manifest.packed, dtype, self.engine)
         check_fits(model, stored)
         self.layers: list[ExpertsCompute] = []
         self.bias: CacheBias | None = None
         self.budget = open_budget(pack, options)
-        if self.device.type == "cuda" or options.link is not None:
-            self._install_on_device(model, options, trunk_nbytes(model, dtype), opened)
+        if on_device:
+            self.fixed = Fixed(trunk_nbytes(model, dtype), context, tokens)
+            self._install_on_device(model, options, self.fixed, opened)
             return
+        warn_unused(options)
         if not self.budget.holds(trunk_nbytes(model, dtype)):
             self.left_in_file = leave_embeddings(model, pack)
         self.budget = self.budget.with_trunk(trunk_nbytes(model, dtype))
@@ -142,16 +156,16 @@ class PackRuntime:
             self.bias.install(model)
 
     def _install_on_device(
-        self, model: PreTrainedModel, options: RuntimeOptions, nbytes: int, opened: ExitStack
+        self, model: PreTrainedModel, options: RuntimeOptions, fixed: Fixed, opened: ExitStack
     ) -> None:
-        """Experts in GPU memory; ``nbytes`` of it are the trunk's.
+        """Experts in GPU memory, beside what is ``fixed``.
 
         Raises:
             UsageError: An option that is only for the CPU.
         """
         if options.cache_bias:
             raise UsageError("routing is nudged on the CPU only", remedy="leave out --cache-bias")
-        tier = open_tier(self.pack, options, self.device, nbytes, self.adapters, self.stats)
+        tier = open_tier(self.pack, options, self.device, fixed, self.adapters, self.stats)
         opened.callback(tier.residency.close)
         self.tier, self.residency, self.speculator = tier, tier.residency, None
         guesses = None
@@ -172,6 +186,7 @@ class PackRuntime:
                 tier.helper,
             )
             adapter.install(compute)
+            self.device_layers.append(compute)
 
     def record_decoding(self, model: PreTrainedModel) -> None:
         """Let the native library decode, where the model can be recorded."""
@@ -182,6 +197,16 @@ class PackRuntime:
             return
         if isinstance(self.engine, NativeEngine):
             self.tape = install(model, self.layers, self.engine, self.speculator, self.stats)
+
+    def compile_decoding(self, model: PreTrainedModel) -> None:
+        """Let ``generate()`` decode with CUDA graphs, if that was asked for; weights are there."""
+        if self.tier is None or self.fixed is None or not current_options().compile:
+            return
+        from .gpu.compiled import CompiledTrunk  # needs torch's compiler
+
+        guesses = cast("DeviceSpeculator | None", self.speculator)
+        parts = self.adapters, self.device_layers, guesses, self.tier.link
+        self.compiled = CompiledTrunk(model, *parts, self.fixed.tokens)
 
     def close(self) -> None:
         """End threads and close files."""
@@ -215,6 +240,7 @@ class MoepackQuantizer(HfQuantizer):
     """Prepares a model on the meta device for the weights of a pack."""
 
     requires_calibration = True  # packs are made by `moepack convert`, never while loading
+    _compiles = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse device maps: where a pack runs is an option of its own.
@@ -288,8 +314,11 @@ class MoepackQuantizer(HfQuantizer):
         device: torch.device = cast(Any, model).moepack.device
         if device.type != "cpu":
             cast(Any, model).to(device)
-            return model
-        copy_out_of_files(model)
+        else:
+            copy_out_of_files(model)
+        runtime: PackRuntime = cast(Any, model).moepack
+        runtime.compile_decoding(model)
+        self._compiles = runtime.compiled is not None and runtime.compiled.refusal is None
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> list[Any]:
@@ -301,6 +330,14 @@ class MoepackQuantizer(HfQuantizer):
         return False
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate()`` may compile: with what there is on a GPU, if that was asked for.
+
+        transformers asks once the model is loaded.
+        """
+        return self._compiles
+
+    @property
     def is_trainable(self) -> bool:
         """Packs are for inference."""
         return False
@@ -309,65 +346,6 @@ class MoepackQuantizer(HfQuantizer):
 def _close(residency: Residency, pack: Pack) -> None:
     residency.close()
     pack.close()
-
-
-def _check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdapter]) -> None:
-    """The pack must hold exactly the experts that the config's model has."""
-    entries, family = pack.manifest.layers, pack.manifest.model_type
-    if model.config.model_type == MODEL_TYPE:
-        # The family's own class has read config.json itself, and believed all of it.
-        raise UsageError(
-            "a pack is loaded through an auto class",
-            got=f"{type(model).__name__}.from_pretrained",
-            remedy="use AutoModelForCausalLM.from_pretrained",
-        )
-    if model.config.model_type != family:
-        raise FormatError(
-            "config.json names another family than the manifest",
-            where=pack.folder,
-            wanted=family,
-            got=model.config.model_type,
-        )
-    if len(entries) != len(adapters):
-        raise FormatError(
-            "the number of MoE layers differs from the config's",
-            where=pack.folder,
-            wanted=len(adapters),
-            got=len(entries),
-        )
-    for entry, adapter in zip(entries, adapters, strict=True):
-        if (entry.module, entry.num_experts) != (adapter.name, adapter.num_experts):
-            raise FormatError(
-                "a layer differs from the config's",
-                where=f"{pack.folder}, layer {entry.index}",
-                wanted=f"{adapter.name} with {adapter.num_experts} experts",
-                got=f"{entry.module} with {entry.num_experts}",
-            )
-        for expert, at in enumerate(pack.layers[entry.index]):
-            down, first = (
-                at.spec.tensor("down"),
-                at.spec.tensor("gate_up" if adapter.gated else "up"),
-            )
-            shape = (adapter.hidden_size, adapter.intermediate_size)
-            has_bias = at.spec.tensor("down_bias") is not None
-            if down is None or first is None or down.shape != shape or has_bias != adapter.has_bias:
-                raise FormatError(
-                    "a record has another shape than the config's",
-                    where=f"{at.file}, layer {entry.index}, expert {expert}",
-                    wanted=f"down {list(shape)}",
-                    got=None if down is None else list(down.shape),
-                )
-
-
-def _check_pins(pack: Pack, pins: tuple[Key, ...]) -> None:
-    for layer, expert in pins:
-        if layer >= len(pack.layers) or expert >= len(pack.layers[layer]):
-            raise UsageError(
-                "the trace with the experts to pin is of another model",
-                where=pack.folder,
-                got=f"layer {layer}, expert {expert}",
-                remedy="record one with `moepack trace`",
-            )
 
 
 def _untie_packed(model: PreTrainedModel, pack: Pack) -> None:

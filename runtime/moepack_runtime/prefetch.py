@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from .cache_bias import CacheBias
@@ -85,7 +86,7 @@ class Speculator:
         self._said: set[tuple[str, int]] = set()
         self._trial = PrefetchTrial()
         self._token_began: float | None = None
-        model.register_forward_hook(lambda *_: self._end_token())
+        model.register_forward_hook(lambda *_: self._pass_ended())
 
     @property
     def missing(self) -> list[int] | None:
@@ -157,13 +158,19 @@ class Speculator:
             self._start_token()
         return self._trial.guessing
 
-    def _ask(self, layer: int, target: int) -> Tensor | None:
-        """What the router of ``target`` picks, ``[T, K]``; None where nothing is guessed."""
+    def _guesses_for(self, target: int) -> bool:
+        """Whether there is such a layer, and guesses for it have been worth it."""
         if target >= len(self._experts):
-            return None
+            return False
         counts = self._stats.layers.get(target)
         if _tried(counts) and counts.right < MIN_RECALL * counts.needed:
             self._stopped.add(("one layer", target))
+            return False
+        return True
+
+    def _ask(self, layer: int, target: int) -> Tensor | None:
+        """What the router of ``target`` picks, ``[T, K]``; None where nothing is guessed."""
+        if not self._guesses_for(target):
             return None
         nudged = self._bias.nudging(target) if self._bias else contextlib.nullcontext()
         with nudged:
@@ -198,7 +205,13 @@ class Speculator:
             verdict.without * 1e3,
         )
 
-    def _end_token(self) -> None:
+    def _pass_ended(self) -> None:
+        # A compiled pass runs no hooks: who calls it says when it ends.
+        if not torch.compiler.is_compiling():
+            self.end_token()
+
+    def end_token(self) -> None:
+        """A pass is over; its time counts where that of a token is measured."""
         # From the first experts to the end: what happens between tokens is the caller's.
         if self._token_began is not None:
             self._trial.took(self._clock() - self._token_began)

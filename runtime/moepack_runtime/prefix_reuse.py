@@ -55,6 +55,9 @@ _STATES = (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
+_ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+"""Ways to generate that tell of each token."""
+
 _PROBE = 8
 """Tokens by which a model with states is asked whether it goes on from them."""
 
@@ -120,14 +123,18 @@ class PrefixReuse:
             ask = check
 
             def before(*_: object) -> None:
-                ask()
+                if not torch.compiler.is_compiling():  # a compiled pass runs no hooks
+                    ask()
 
             modules = [adapter.module for adapter in self._model.moepack.adapters]
             hooks += [module.register_forward_pre_hook(before) for module in modules]
         try:
             if not self._keeps(options):
                 self.forget()
-                told = {} if streamer is None else {"streamer": streamer}
+                told: dict[str, Any] = {} if streamer is None else {"streamer": streamer}
+                # A compiled pass calls nobody: at least at every token somebody is asked.
+                if check is not None and self._asked(options).get_generation_mode() in _ONE_BY_ONE:
+                    told["streamer"] = _Listener(input_ids[0].tolist(), streamer, check)
                 sequences: Tensor = self._model.generate(input_ids, **told, **options)
                 return sequences
             return self._generate(input_ids, streamer, check, options)
@@ -159,8 +166,7 @@ class PrefixReuse:
     def _keeps(self, options: dict[str, Any]) -> bool:
         """Whether one text is written, token by token, on a cache of the usual kind."""
         own: GenerationConfig = self._model.generation_config
-        asked = copy.deepcopy(options.get("generation_config") or own)
-        asked.update(**{k: v for k, v in options.items() if k != "generation_config"})
+        asked = self._asked(options)
 
         def value(name: str) -> Any:
             # generate() takes what is left open from the model's own.
@@ -171,11 +177,18 @@ class PrefixReuse:
         return (
             supported is not None
             and supported()
-            and asked.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and asked.get_generation_mode() in _ONE_BY_ONE
             and value("cache_implementation") in (None, "dynamic")
             and value("use_cache") is not False
             and value("num_return_sequences") in (None, 1)
         )
+
+    def _asked(self, options: dict[str, Any]) -> GenerationConfig:
+        """What ``generate()`` would be asked for."""
+        given = options.get("generation_config") or self._model.generation_config
+        asked: GenerationConfig = copy.deepcopy(given)
+        asked.update(**{k: v for k, v in options.items() if k != "generation_config"})
+        return asked
 
     def _begin(self, text: Sequence[int]) -> Cache:
         """A cache that holds the first ``reused`` tokens of a text; it is no longer kept here."""

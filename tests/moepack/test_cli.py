@@ -136,7 +136,16 @@ def test_cuda_is_refused_where_there_is_none(command: Command, pack: Path) -> No
     assert "there is no CUDA device" in result.error(2)
 
 
-@pytest.mark.parametrize("option", [("--vram", "1GB"), ("--hybrid", "on"), ("--hybrid", "off")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--vram", "1GB"),
+        ("--context", "64"),
+        ("--hybrid", "on"),
+        ("--hybrid", "off"),
+        ("--compile",),
+    ],
+)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -151,7 +160,7 @@ def test_options_about_a_gpu_where_the_cpu_computes(
     command: Command,
     pack: Path,
     arguments: list[object],
-    option: tuple[str, str],
+    option: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

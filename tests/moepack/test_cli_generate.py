@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from moepack.commands import common, generate_command
 from moepack_runtime import tape
+from moepack_runtime.gpu.simulated_link import LinkSpec
 from moepack_runtime.kernels import native
 from tests.commands import Child, Command, Result, edit_json, wait_for
 
@@ -47,6 +51,23 @@ def test_greedy_is_deterministic(generate: Command) -> None:
     assert first.out == second.out
     assert len(first.out) > 8
     assert generate("--prompt", PROMPT, "--greedy", "--seed", 3).out == first.out
+
+
+def test_on_a_gpu_compiled_and_with_too_little_room(
+    generate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(pack: str, **options: Any) -> Any:
+        return common.load(pack, **{**options, "device": "cpu", "link": LinkSpec()})
+
+    monkeypatch.setattr(generate_command, "load", load)
+    torch._dynamo.reset()
+    plain = generate("--prompt", PROMPT, "--greedy")
+    compiled = generate("--prompt", PROMPT, "--greedy", "--compile", "--context", 64)
+    assert (compiled.code, compiled.out) == (0, plain.out)
+    assert "moepack:" not in plain.err + compiled.err  # nothing to warn of
+    short = generate("--prompt", PROMPT, "--greedy", "--context", 4)
+    assert short.out == plain.out
+    assert "room for a text of 4 tokens, this one may have" in short.err
 
 
 def test_a_seed_makes_sampling_repeatable(generate: Command) -> None:

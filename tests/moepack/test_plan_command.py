@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moepack.cli import run
 from moepack.convert.meta_model import build_meta_model
@@ -102,9 +103,16 @@ def test_nothing_fits(ram: int, disk: int, what: list[str]) -> None:
 
 def test_what_is_missing_on_a_gpu() -> None:
     sizes = sizes_of(CONFIG)
-    there = Machine(sizes.trunk_nbytes, 1 << 30, 1 << 40, memory_speed=40e9, disk_speed=1e9)
+    trunk = sizes.trunk_nbytes
+    there = Machine(
+        trunk + sizes.context_nbytes, 1 << 30, 1 << 40, memory_speed=40e9, disk_speed=1e9
+    )
     assert best(recipes(sizes, there)) is None
     assert "of GPU memory, got" in str(lacking(sizes, there))
+    # A shorter text leaves room for some experts.
+    shorter = sizes_of(CONFIG, context=64)
+    assert 0 < shorter.context_nbytes < sizes.context_nbytes
+    assert best(recipes(shorter, there)) is not None
 
 
 @pytest.mark.parametrize("budget", [("--ram", "1MiB"), ("--disk", "1MiB"), ("--vram", "1MiB")])
@@ -141,7 +149,7 @@ def test_the_room_is_what_generate_gets(
 
 def test_on_a_gpu_the_trunk_and_an_expert_in_both_memories_count_once() -> None:
     sizes = sizes_of(CONFIG)
-    trunk = sizes.trunk_nbytes
+    trunk = sizes.trunk_nbytes + sizes.context_nbytes  # what is no expert
     for vram, ram, room in (
         (2 * trunk, 3 << 20, max(int(2 * trunk * 0.98) - trunk, 2 << 20)),
         (2 * trunk, 1 << 30, (1 << 30) - (1 << 20)),
@@ -149,6 +157,18 @@ def test_on_a_gpu_the_trunk_and_an_expert_in_both_memories_count_once() -> None:
     ):
         plan = Machine(vram, ram, 1 << 40, memory_speed=40e9, disk_speed=1e9, fixed=1 << 20)
         assert plan.room(sizes) == room
+
+
+def test_the_context_is_shown_where_it_takes_gpu_memory(tmp_path: Path, command: Command) -> None:
+    arguments = ["plan", TINY, "--folder", tmp_path, "--ram", "1GiB"]
+    assert "context" not in command(*arguments).out
+    shown = command(*arguments, "--vram", "8MiB", "--context", 128).out
+    heads = CONFIG["num_key_value_heads"]
+    assert ", context " in shown
+    values = command(*arguments, "--vram", "8MiB", "--context", 128, "--json").json
+    width = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    nbytes = torch.bfloat16.itemsize * 2 * CONFIG["num_hidden_layers"] * heads * width * 128
+    assert values["context_bytes"] in (nbytes, 2 * nbytes)
 
 
 def test_only_the_config_is_needed(

@@ -22,7 +22,7 @@ class OnDevice:
         self.calls = 0
         self.finished: list[int] = []  # calls before each wait for the device
         link = SimpleNamespace(finish=lambda: self.finished.append(self.calls))
-        self.moepack = SimpleNamespace(tier=SimpleNamespace(link=link))
+        self.moepack = SimpleNamespace(tier=SimpleNamespace(link=link), compiled=None)
 
     def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
         assert input_ids.device == self.device

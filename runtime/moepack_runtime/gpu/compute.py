@@ -61,19 +61,60 @@ class DeviceCompute:
         self._fused: FusedExperts | None = None
         self._grouped: Any | None = None
         self._table: Any | None = None
-        self._asked = False
+        self._asked, self._choices = False, 0
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
-        self._find_kernels()
-        if self._layer == 0:
-            self._stats.tokens += len(top_k_index)
-        if self._grouped is not None and isinstance(self._residency, ResidentRecords):
-            return self._resident(self._residency, hidden, top_k_index, top_k_weights)
-        help_with = self._helper is not None and self._fused is not None and len(top_k_index) == 1
         guess = None
         if self._speculator is not None:
             guess = self._speculator.ask(self._layer, top_k_index)
+        return self._compute(hidden, top_k_index, top_k_weights, guess)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a first pass has shown what a compiled one must know."""
+        return self._asked and (self._speculator is None or self._speculator.routers.found)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host has to learn which experts were chosen."""
+        return self._grouped is None or not isinstance(self._residency, ResidentRecords)
+
+    def traced_guess(self) -> Tensor | None:
+        """What a compiled pass has to hand to :meth:`replayed` besides the experts' inputs."""
+        return None if self._speculator is None else self._speculator.traced(self._layer)
+
+    def replayed(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, guess: Tensor | None
+    ) -> Tensor:
+        """A call from a compiled pass; the host runs it for every pass if it :attr:`waits`."""
+        if not self.waits:
+            return self._resident(hidden, top_k_index, top_k_weights)
+        if self._speculator is not None:
+            wanted = self._speculator.wants(self._layer, len(top_k_index))
+            guess = guess if wanted else None
+        return self._compute(hidden, top_k_index, top_k_weights, guess)
+
+    def count(self, tokens: int) -> None:
+        """So many tokens went through a compiled pass that the host has not seen."""
+        self._count(tokens, tokens * self._choices)
+
+    def _count(self, tokens: int, hits: int) -> None:
+        if self._layer == 0:
+            self._stats.tokens += tokens
+        self._stats.hits += hits
+
+    def _compute(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, guess: Tensor | None
+    ) -> Tensor:
+        """The same; ``guess`` is what the next layer's router would pick, ``[T, K]``."""
+        self._find_kernels()
+        self._choices = top_k_index.shape[1]
+        if not self.waits:
+            self._count(len(top_k_index), top_k_index.numel())
+            return self._resident(hidden, top_k_index, top_k_weights)
+        self._count(len(top_k_index), 0)
+        help_with = self._helper is not None and self._fused is not None and len(top_k_index) == 1
         asked = [top_k_index] if guess is None else [top_k_index, guess]
         if help_with:
             asked += [hidden[0].float(), top_k_weights[0].float()]
@@ -99,15 +140,13 @@ class DeviceCompute:
             self._grouped = None if grouped is None else grouped(self._adapter)
             self._asked = True
 
-    def _resident(
-        self, residency: ResidentRecords, hidden: Tensor, index: Tensor, weights: Tensor
-    ) -> Tensor:
+    def _resident(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Everything is there: the host learns nothing and waits for nothing."""
         assert self._grouped is not None  # the caller has looked
         if self._table is None:
-            records = residency.layer(self._layer)
+            assert isinstance(self._residency, ResidentRecords)  # so it has
+            records = self._residency.layer(self._layer)
             self._table = self._grouped.table(records, [at.spec for at in self._records])
-        self._stats.hits += index.numel()
         if len(index) == 1:
             y: Tensor = self._grouped.token(
                 hidden[0].contiguous(), index[0], weights[0].float(), self._table

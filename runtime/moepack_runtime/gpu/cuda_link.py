@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .graphs import Run
 from .link import Event
 
 
@@ -16,6 +18,48 @@ from .link import Event
 class _CudaEvent:
     end: torch.cuda.Event
     start: torch.cuda.Event | None = None
+
+
+class CudaRecording:
+    """A CUDA graph, see :class:`moepack_runtime.gpu.graphs.Recording`."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any) -> None:
+        self.outputs, self._graph = outputs, graph
+
+    def replay(self) -> None:
+        """See :class:`Recording`."""
+        self._graph.replay()
+
+
+class CudaRecorder:
+    """Captures CUDA graphs, see :class:`moepack_runtime.gpu.graphs.Recorder`.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self.begin()
+
+    def begin(self) -> None:
+        """See :class:`Recorder`."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Run, inputs: Sequence[Any]) -> CudaRecording:
+        """See :class:`Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it collects garbage and empties torch's cache each time.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            # Other threads may allocate while this one captures.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = run(*inputs)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return CudaRecording(graph, outputs)
 
 
 class CudaLink:
@@ -95,6 +139,10 @@ class CudaLink:
 
     def host_worked(self, nbytes: int) -> None:
         """Nothing: the clock has seen it."""
+
+    def recorder(self) -> CudaRecorder:
+        """See :class:`Link`."""
+        return CudaRecorder(self.device)
 
     def clock(self) -> float:
         """Wall time."""

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .graphs import Recorder
+
 
 class Event(Protocol):
     """A place in a stream; only the link that made it can say more."""
@@ -63,6 +65,9 @@ class Link(Protocol):
 
     def host_worked(self, nbytes: int) -> None:
         """The host has computed with records of so many bytes."""
+
+    def recorder(self) -> Recorder:
+        """Records what computes, to be queued again at once."""
 
     def clock(self) -> float:
         """Seconds, from any start."""

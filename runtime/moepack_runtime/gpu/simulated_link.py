@@ -7,13 +7,14 @@ error: on a real device they would be a race.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .graphs import Run
 from .link import Event
 
 
@@ -161,6 +162,10 @@ class SimulatedLink:
         self.computing(self.spec.latency)
         return tensor
 
+    def recorder(self) -> SimulatedRecorder:
+        """See :class:`Link`."""
+        return SimulatedRecorder()
+
     def clock(self) -> float:
         """Simulated seconds."""
         return self._now
@@ -180,3 +185,37 @@ class SimulatedLink:
         while self._pending and self._pending[0].span.end <= time:
             copy = self._pending.pop(0)
             copy.target.copy_(copy.source)
+
+
+class SimulatedRecording:
+    """See :class:`moepack_runtime.gpu.graphs.Recording`: reads and writes the places it was given.
+
+    Who expects it to follow inputs to other places gets what the old ones hold.
+    """
+
+    def __init__(self, run: Run, inputs: Sequence[Any]) -> None:
+        self.outputs: Any = None
+        self._run, self._inputs = run, inputs
+
+    def replay(self) -> None:
+        """See :class:`Recording`."""
+        outputs = self._run(*self._inputs)
+        if self.outputs is None:
+            self.outputs = outputs
+            return
+        whole = isinstance(outputs, Tensor)
+        old, new = ((self.outputs,), (outputs,)) if whole else (self.outputs, outputs)
+        for place, value in zip(old, new, strict=True):
+            if isinstance(value, Tensor) and value.data_ptr() != place.data_ptr():
+                place.copy_(value)
+
+
+class SimulatedRecorder:
+    """See :class:`moepack_runtime.gpu.graphs.Recorder`."""
+
+    def begin(self) -> None:
+        """Nothing: memory is not shared."""
+
+    def record(self, run: Run, inputs: Sequence[Any]) -> SimulatedRecording:
+        """See :class:`Recorder`."""
+        return SimulatedRecording(run, inputs)

@@ -29,6 +29,19 @@ class DeviceSpeculator(Speculator):
         self.routers.forget(layer)
         return guess
 
+    def traced(self, layer: int) -> Tensor | None:
+        """The same where the pass is being compiled: asked always, used where :meth:`wants` says.
+
+        A compiled pass holds no decisions of the host's. Routers must be found already.
+        """
+        guess = self.routers.ask(layer, layer + 1)
+        self.routers.forget(layer)
+        return guess
+
+    def wants(self, layer: int, tokens: int) -> bool:
+        """Whether a guess made at a layer of a compiled pass over so many tokens is used."""
+        return self._guesses_at(layer, tokens) and self._guesses_for(layer + 1)
+
     def told(self, layer: int, needed: list[int], guess: torch.Tensor | None) -> None:
         """The indices are on the host: score the guess about this layer, use that about the next.
 

@@ -36,6 +36,31 @@ WORK_SHARE = 0.02
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """What a budget of GPU memory is for besides experts.
+
+    Attributes:
+        trunk: Bytes of everything but the routed experts.
+        context: Bytes of the keys and values of one text.
+        tokens: Of that text.
+    """
+
+    trunk: int
+    context: int = 0
+    tokens: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.trunk + self.context
+
+    def __str__(self) -> str:
+        """For a person."""
+        context = f"{format_size(self.context)} for a text of {self.tokens} tokens"
+        return f"{format_size(self.trunk)} trunk, {context}"
+
+
+@dataclass(frozen=True)
 class DeviceTier:
     """What a pack's modules compute with on a device.
 
@@ -70,11 +95,30 @@ def resolve_device(options: RuntimeOptions) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def on_cpu(options: RuntimeOptions) -> bool:
+    """Whether neither a GPU nor a simulated one computes with these options.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    return options.link is None and resolve_device(options).type == "cpu"
+
+
+def warn_unused(options: RuntimeOptions) -> None:
+    """One line for options about a GPU that were set; the CPU computes."""
+    usual = RuntimeOptions()
+    names = ("vram", "context", "hybrid", "offload", "keep", "compile")
+    unused = [name for name in names if getattr(options, name) != getattr(usual, name)]
+    if unused:
+        what = " and ".join([", ".join(unused[:-1]), unused[-1]] if unused[1:] else unused)
+        _log.warning("the CPU computes: %s %s nothing", what, "do" if unused[1:] else "does")
+
+
 def open_tier(
     pack: Pack,
     options: RuntimeOptions,
     device: torch.device,
-    trunk_nbytes: int,
+    fixed: Fixed,
     adapters: list[ExpertsAdapter],
     stats: Statistics,
 ) -> DeviceTier:
@@ -84,7 +128,7 @@ def open_tier(
         pack: An open pack.
         options: Budgets and modes; with ``link`` the device is a simulated one.
         device: The GPU, or the CPU for a simulated one.
-        trunk_nbytes: Memory that the trunk takes there, bytes.
+        fixed: What else takes memory there.
         adapters: The experts modules.
         stats: Where hits, misses and copied bytes are counted.
 
@@ -94,21 +138,20 @@ def open_tier(
     link = _open_link(options, device)
     sizes = record_sizes(pack)
     everything = sum(nbytes * count for nbytes, count in sizes.items())
-    budget = _budget(options, device, trunk_nbytes + everything)
-    for_slots = budget - int(budget * WORK_SHARE) - trunk_nbytes
+    budget = _budget(options, device, fixed.nbytes + everything)
+    for_slots = budget - int(budget * WORK_SHARE) - fixed.nbytes
     host_stats = Statistics()
     whole = options.offload == "layers"
     smallest = 2 * max(sum(at.spec.nbytes for at in layer) for layer in pack.layers)
     smallest = smallest if whole else sum(sizes)
     if for_slots < smallest:
-        need = int((smallest + trunk_nbytes) / (1 - WORK_SHARE)) + 1
+        need = int((smallest + fixed.nbytes) / (1 - WORK_SHARE)) + 1
         raise ResourceError(
             "not enough GPU memory for the smallest working set",
             where=pack.folder,
-            wanted=f"{format_size(need)} ({format_size(trunk_nbytes)} trunk, "
-            f"{format_size(smallest)} experts)",
+            wanted=f"{format_size(need)} ({fixed}, {format_size(smallest)} experts)",
             got=format_size(budget),
-            remedy=f"give --vram {need} or more",
+            remedy=f"give --vram {need} or more, or a shorter --context",
         )
     if not whole and options.keep and everything <= for_slots:
         # Read once, by way of mapped files: no slots in host memory.

@@ -233,18 +233,41 @@ def whole_models(report: Report, device: torch.device) -> None:
             "",
             "tiny-moe, 4-bit attention and 3-bit experts, 48 tokens, `--hybrid off`.",
             "",
-            "| slots for | policy | prefetch | tokens/s | the same tokens |",
-            "|---|---|---|---|---|",
-            *(f"| {r.slots} | {r.policy} | {r.prefetch} | {r.tokens_per_s:.0f} | {r.same} |"
-              for r in rows),
+            "| slots for | policy | prefetch | cache | tokens/s | the same tokens |",
+            "|---|---|---|---|---|---|",
+            *(f"| {r.slots} | {r.policy} | {r.prefetch} | {r.cache} | {r.tokens_per_s:.0f} | "
+              f"{r.same} |" for r in rows),
             "",
         )  # fmt: skip
         same = all(row.same for row in rows)
         report.check("identical greedy tokens", "all", f"{sum(r.same for r in rows)} of "
                      f"{len(rows)} settings", same)  # fmt: skip
+        compiled_trunk(report, models.decoding_speeds(pack, device="cuda", hybrid="off"))
     budget, used = models.memory_kept(device)
     off = abs(used / budget - 1)
     report.check("memory against --vram", "within 3%", f"{off:.1%}", off <= 0.03)
+
+
+def compiled_trunk(report: Report, rows: list[models.Decoding]) -> None:
+    """What CUDA graphs of the trunk are worth."""
+    report.say(
+        "## Compiled decoding",
+        "",
+        "tiny-moe, `--compile` and not, in turns; calls that give the GPU work, a token.",
+        "",
+        "| slots for | compiled | tokens/s | launches |",
+        "|---|---|---|---|",
+        *(
+            f"| {r.slots} | {r.compiled} | {r.tokens_per_s:.0f} | "
+            f"{'-' if r.launches is None else round(r.launches)} |"
+            for r in rows
+        ),
+        "",
+    )
+    for slots in dict.fromkeys(row.slots for row in rows):
+        speed = {row.compiled: row.tokens_per_s for row in rows if row.slots == slots}
+        gain = speed[True] / speed[False]
+        report.check(f"compiled, slots for {slots}", "faster", f"{gain:.2f}x", gain > 1)
 
 
 def _row(row: offloading.Result, tokens: int, peak: float) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from moepack_runtime.gpu.cuda_link import CudaLink
 from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache
+from moepack_runtime.gpu.graphs import CutPass
 from moepack_runtime.gpu.host_source import HostSource
 from moepack_runtime.gpu.pinning import cuda_pinned_memory
 from moepack_runtime.statistics import Statistics
@@ -84,6 +85,89 @@ def test_the_same_greedy_tokens_in_every_setting(tmp_path: Path) -> None:
     pack = models.convert_tiny(tmp_path / "pack")
     rows = models.greedy_everywhere(pack, device())
     assert all(row.same for row in rows), rows
+
+
+@pytest.mark.parametrize("share", [0.3, 2.0])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_compiled_trunk_changes_no_token(tmp_path: Path, share: float, prefetch: bool) -> None:
+    """Against the same static cache without graphs: the kernels are the same."""
+    pack = models.convert_tiny(tmp_path / "pack")
+    base: dict[str, Any] = {"device": "cuda", "hybrid": "off", "context": 128}
+    vram = models.vram_for(pack, share, **base)
+    ids = torch.tensor([[3, 4, 5]], device=device())
+    found, waits = [], []
+    for compiled in (False, True):
+        model = models.load_pack(pack, vram=vram, prefetch=prefetch, compile=compiled, **base)
+        settings = model.generation_config
+        settings.cache_implementation, settings.max_cache_len = "static", 128
+        link = model.moepack.tier.link
+        for _ in range(2):  # the second time on another cache
+            before = link.waits
+            out = model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+            waits.append(link.waits - before)
+            found.append(out[0].tolist())
+        if compiled:
+            (cut,) = model.moepack.compiled.passes
+            assert all(stretch.is_recorded for stretch in cut.stretches)
+            layers = len(model.moepack.pack.layers)
+            assert len(cut.stretches) == (1 if share > 1 else layers + 1)
+        model.moepack.close()
+    assert all(tokens == found[0] for tokens in found)
+    assert waits[2:] == waits[:2]
+
+
+def test_recordings_follow_their_inputs() -> None:
+    cut, call = _cut(lambda x, cache: cache.add_(x).mul(2))
+    for number in range(3):
+        cache = torch.zeros(1 << 20, device=device())
+        torch._dynamo.mark_static_address(cache)
+        for step in range(1, 5):
+            y = call(torch.full_like(cache, float(step)), cache)
+            assert torch.equal(cache, torch.full_like(cache, step * (step + 1) / 2))
+            assert torch.equal(y, 2 * cache)
+        assert len(cut) == 1
+        assert 0 < cut[0].recorded <= number + 1
+        keep = cache  # so that the next one is elsewhere
+    assert keep.numel() > 0
+
+
+def test_what_waits_is_done_without_a_recording(caplog: pytest.LogCaptureFixture) -> None:
+    @torch.library.custom_op("moepack_tests::waits", mutates_args=())
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.sum())  # which a stream that captures does not allow
+
+    waits.register_fake(lambda x: torch.empty_like(x))
+    _, call = _cut(lambda x: torch.ops.moepack_tests.waits.default(x) + 1)
+    for _ in range(4):
+        assert call(torch.ones(2, device=device())).tolist() == [3.0, 3.0]
+    assert "without a CUDA graph" in caplog.text
+    # Nothing is left of the attempt.
+    cut, other = _cut(lambda x: x * 2)
+    for _ in range(3):
+        assert other(torch.ones(2, device=device())).tolist() == [2.0, 2.0]
+    assert cut[0].stretches[0].is_recorded
+
+
+def _cut(function: Any) -> tuple[list[CutPass], Any]:
+    """A function compiled into CUDA graphs, and what was made of it."""
+    torch._dynamo.reset()
+    made: list[CutPass] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> CutPass:
+        made.append(CutPass(graph, None, CudaLink(device()).recorder()))
+        return made[-1]
+
+    return made, torch.compile(function, backend=backend, fullgraph=True)
+
+
+def test_a_batch_of_tokens_is_looked_up_without_a_wait(tmp_path: Path) -> None:
+    pack = models.convert_tiny(tmp_path / "pack")
+    model = models.load_pack(pack, device="cuda", hybrid="off")
+    embed = model.get_input_embeddings()
+    few = torch.tensor([[5, 5], [17, 90]], device=device())
+    many = few.repeat(100, 1)  # which asks what is unique
+    assert torch.equal(embed(few), embed(many)[:2])
+    model.moepack.close()
 
 
 def test_one_wait_a_layer(tmp_path: Path) -> None:

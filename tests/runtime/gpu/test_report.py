@@ -11,7 +11,7 @@ import torch
 
 from moepack_runtime.gpu.simulated_link import LinkSpec, SimulatedLink
 from moepack_runtime.kernels.reference import ReferenceEngine
-from tests.bench.gpu import kernels, offloading, report
+from tests.bench.gpu import kernels, models, offloading, report
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -47,6 +47,21 @@ def test_prefetch_where_copies_take_as_long_as_computing() -> None:
 
 def test_experts_alone_fill_the_link() -> None:
     assert offloading.expert_copy_rate(run()) >= 0.99e9
+
+
+def test_what_graphs_are_worth_is_measured_in_turns(
+    pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "TOKENS", 6)
+    monkeypatch.setattr(models, "ROUNDS", 1)
+    rows = models.decoding_speeds(pack, link=LinkSpec(), device="cpu", hybrid="off")
+    assert [(row.slots, row.compiled) for row in rows] == [
+        ("all", False), ("all", True), ("half", False), ("half", True)
+    ]  # fmt: skip
+    written = report.Report()
+    report.compiled_trunk(written, rows)
+    assert "| half | True | " in written.text("GPU")
+    assert len(written.checks) == 2
 
 
 def test_random_bytes_are_finite() -> None:

@@ -35,9 +35,9 @@ def loaded(pack: Path, share: float, **options: Any) -> Any:
     model = load_pack(pack, **options)
     sizes = record_sizes(model.moepack.pack)
     everything = sum(nbytes * count for nbytes, count in sizes.items())
-    trunk = sum(t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()])
+    fixed = model.moepack.fixed.nbytes
     model.moepack.close()
-    vram = int((trunk + max(share * everything, sum(sizes))) / 0.97)
+    vram = int((fixed + max(share * everything, sum(sizes))) / 0.97)
     return load_pack(pack, vram=vram, **options)
 
 
@@ -131,6 +131,39 @@ def test_too_little_memory_says_the_need(pack: Path) -> None:
     model = load_pack(pack, link=LINK, device="cpu", vram=need)
     assert model.moepack.residency.slots == len(record_sizes(model.moepack.pack))
     model.moepack.close()
+
+
+def test_a_text_has_its_part_of_the_budget(pack: Path) -> None:
+    options: dict[str, Any] = {"link": LINK, "device": "cpu", "hybrid": "off"}
+    with pytest.raises(ResourceError) as error:
+        load_pack(pack, vram=1000, context=100, **options)
+    assert "for a text of 100 tokens, " in str(error.value)
+    slots = {}
+    vram = int(str(error.value).split("--vram ")[1].split()[0]) + 30_000
+    for context in (8, 100):
+        model = load_pack(pack, vram=vram, context=context, **options)
+        slots[context] = model.moepack.residency.slots
+        ids = torch.arange(context).remainder(90)[None]
+        with torch.no_grad():
+            layers = model(ids, use_cache=True).past_key_values.layers
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        assert model.moepack.fixed.context == kept
+    assert slots[8] > slots[100]
+
+
+def test_options_that_do_nothing_on_the_cpu_are_named(
+    pack: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_pack(pack, device="cpu").moepack.close()
+        assert not caplog.records
+        load_pack(pack, device="cpu", compile=True).moepack.close()
+        load_pack(pack, device="cpu", vram="1GiB", context=64, hybrid="off").moepack.close()
+        load_pack(pack, device="cpu", vram="1GiB", link=LINK).moepack.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the CPU computes: compile does nothing",
+        "the CPU computes: vram, context and hybrid do nothing",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

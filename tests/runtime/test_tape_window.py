@@ -107,16 +107,6 @@ def test_halves_and_a_second_prompt(pack: Path, monkeypatch: pytest.MonkeyPatch)
     assert (results[1] - results[0]).norm() < 1e-3 * results[0].norm()
 
 
-@needs_native
-def test_a_window_that_attention_does_not_name_is_not_played(tmp_path: Path) -> None:
-    """llama4 has chunks in place of windows, in a cache layer of the same kind."""
-    families.save_checkpoint(families.random_model("llama4_text"), tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", quantizer="rtn")
-    model = load_pack(tmp_path / "pack")
-    decode(model, 4)
-    assert "a window of another kind" in model.moepack.tape.describe()
-
-
 def pair(half: bool = False) -> tuple[DynamicSlidingWindowLayer, GrowingWindowLayer]:
     """A layer of transformers' with two tokens, and one that has taken over the same."""
     layers = []

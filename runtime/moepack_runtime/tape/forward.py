@@ -26,7 +26,7 @@ from .kv_indexed import GrowingIndexedLayer, picked_at_most
 from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
-from .record import CannotRecord, Recorder, Step, differences, recording
+from .record import CannotRecord, Recorder, Step, differences, reading_position, recording
 from .states import Home, state_layers
 from .torch_threads import TorchThreads
 
@@ -222,6 +222,7 @@ class TapeForward:
             passes.append((steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
+        first, second = reading_position((first, second), start, position_at)
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)

@@ -53,6 +53,11 @@ _BINARY: dict[Any, str] = {
     aten.maximum.default: "maximum",
     aten.minimum.default: "minimum",
 }
+_FILLS: dict[Any, float] = {
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.full_like.default: math.nan,  # its argument
+}
 _POWERS = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 
 
@@ -116,8 +121,11 @@ def _native(step: Step) -> list[NativeStep] | None:
         found = along(Op.SOFTMAX, 0, arguments[1], arguments[0], out)
     elif operation is aten.topk.default:
         found = _topk(step)
-    elif operation is aten.zeros_like.default:
+    elif operation in _FILLS:
+        value = arguments[1] if operation is aten.full_like.default else _FILLS[operation]
         found = _unary("fill", out, out)
+        if found is not None:
+            found.scalar[0] = float(value)
     elif operation is aten.gather.default and not step.keywords:
         found = _gather(out, *arguments)
     elif operation is aten.convolution.default:

@@ -63,6 +63,7 @@ class Player:
         # The keys that each entry of _kv points at; weak, as a cache's memory is its owner's.
         self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
+        self._chunks: dict[int, int] = {}  # tokens of those that a step's attention stays in
         self._playing: Sequence[GrowingLayer] = ()
         self._length = 0  # of the text before the token that is played
         self.profile: Profile | None = None
@@ -86,6 +87,8 @@ class Player:
                 for native_step in lowered:
                     if native_step.op == Op.EXPERTS:
                         self._calls[len(found)] = self._experts_call(step)
+                    if native_step.op == Op.ATTEND and (chunk := step.operation.numbers[4]):
+                        self._chunks[len(found)] = chunk
                     if native_step.op == Op.APPEND:
                         self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
@@ -118,6 +121,8 @@ class Player:
         self._token.fill_(token)
         self._position.fill_(position)
         self._playing, self._length = layers, position
+        for number, chunk in self._chunks.items():
+            self._steps[number].number[1] = position % chunk + 1  # a window
         for number, (layer, kv) in enumerate(zip(layers, self._caches, strict=True)):
             self._point(number, layer, kv)
         at = 0
@@ -258,7 +263,8 @@ class Player:
     def _lower_experts(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         hidden, index, weights = step.arguments
         out, layer = step.results[0], what.subject.native_layer
-        if layer is None or not is_floats(hidden, weights, out) or index.dtype is not torch.int64:
+        plain = is_floats(hidden, weights, out) and index.dtype is torch.int64
+        if layer is None or not plain or len(index) != 1:  # several rows for one token: see llama4
             return self._experts_call(step)
         steps, hidden = self._contiguous(hidden)
         found = NativeStep(op=Op.EXPERTS)

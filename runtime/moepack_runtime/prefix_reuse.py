@@ -38,6 +38,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .tape.kv import GrowingLayer
 from .tape.kv_indexed import GrowingIndexedLayer
+from .tape.kv_states import GrowingStatesLayer, GrowingStatesWindowLayer
 from .tape.kv_window import GrowingWindowLayer
 
 _PLACES = (
@@ -53,6 +54,8 @@ _STATES = (
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    GrowingStatesLayer,
+    GrowingStatesWindowLayer,
 )
 
 _PROBE = 8

@@ -63,7 +63,6 @@ class Player:
         # The keys that each entry of _kv points at; weak, as a cache's memory is its owner's.
         self._known: list[weakref.ref[Tensor] | None] = [None] * len(layers)
         self._calls: dict[int, Call] = {}
-        self._chunks: dict[int, int] = {}  # tokens of those that a step's attention stays in
         self._playing: Sequence[GrowingLayer] = ()
         self._length = 0  # of the text before the token that is played
         self.profile: Profile | None = None
@@ -87,12 +86,13 @@ class Player:
                 for native_step in lowered:
                     if native_step.op == Op.EXPERTS:
                         self._calls[len(found)] = self._experts_call(step)
-                    if native_step.op == Op.ATTEND and (chunk := step.operation.numbers[4]):
-                        self._chunks[len(found)] = chunk
                     if native_step.op == Op.APPEND:
                         self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
         runs = slice_runs(found, parts=2 * engine.threads)
+        # Steps whose attention stays in chunks of so many tokens.
+        attends = [(i, s.number[2]) for i, s in enumerate(found) if s.op == Op.ATTEND]
+        self._chunks = {i: chunk for i, chunk in attends if chunk}
         self._steps = (NativeStep * len(found))(*found)
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
         stay |= {t.untyped_storage().data_ptr() for t in keep}
@@ -244,7 +244,7 @@ class Player:
         found.data[:2] = (out.data_ptr(), query.data_ptr())
         found.stride[0][0] = out.shape[-1]
         found.stride[1][:2] = (query.stride(1), query.stride(3))
-        found.number[:2] = (query.shape[1], int(what.numbers[2]))
+        found.number[:3] = (query.shape[1], int(what.numbers[2]), what.numbers[4])
         found.scalar[:] = what.numbers[:2]
         if expands is not None:
             buffers = what.subject.buffers

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 10
+#define MOEPACK_ABI 11
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

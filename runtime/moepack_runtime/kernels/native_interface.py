@@ -6,7 +6,7 @@ import ctypes
 
 from moepack_formats.schemes import SCHEMES
 
-ABI = 10
+ABI = 11
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
 REFUSALS = {1: "a bad argument", 2: "a short buffer", 3: "not supported on this machine"}

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kv import GrowingLayer
-from .kv_indexed import GrowingIndexedLayer
+from .kv_indexed import GrowingIndexedLayer, block_size
 from .kv_window import GrowingWindowLayer
 from .record import CannotRecord, Opaque, Recorder
 
@@ -112,7 +112,7 @@ def _attend(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """``query`` [1, heads, 1, width] to ``[1, 1, heads, value width]``; see transformers."""
     recorder = _recorder
@@ -122,6 +122,9 @@ def _attend(
     if layer is None:
         found = [(a, m) for a, keys, values, m in _expanded if keys is key and values is value]
         layer, module_of_latents = found[0] if found else (None, None)
+    added = [name for name, given in more.items() if isinstance(given, Tensor)]
+    if added and added != ["position_ids"]:
+        raise CannotRecord(f"attention gets {added[0]}")
     chunk = getattr(attention_mask, _CHUNK, 0)
     masked = attention_mask is not None and not chunk
     if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or masked:
@@ -132,8 +135,6 @@ def _attend(
     if chunk and window:
         raise CannotRecord("attention has a window and chunks")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if module_of_latents is not None and (window or chunk or softcap or s_aux is not None):
-        raise CannotRecord("attention over latents has a window, a cap or sinks")
     inputs = (query,) if s_aux is None else (query, s_aux)
     seen = (layer.get_seq_length() - 1) % chunk + 1 if chunk else window
     what = Opaque("attend", layer, (scale, softcap or 0.0, window, module_of_latents, chunk))
@@ -151,12 +152,17 @@ def _attend_indexed(
     value: Tensor,
     attention_mask: Tensor | None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The same over the tokens that an indexer has picked, which must be all of them."""
-    if _recorder is not None and indices is not None:
-        picked = _recorder.unrecorded(lambda: indices.unique().tolist())
-        if picked != list(range(key.shape[2])):
+    size = block_size(module.config) if block_indices is not None else 1
+    choices = indices if block_indices is None else block_indices
+    if _recorder is not None and choices is not None and size is not None:
+        # Of blocks each head may have its own; -1 stands for none.
+        heads = choices if block_indices is None else choices.flatten(0, -2)
+        rows = _recorder.unrecorded(lambda: [set(row.unique().tolist()) - {-1} for row in heads])
+        if any(row != set(range(-(-key.shape[2] // size))) for row in rows):
             raise CannotRecord("an indexer has not picked all tokens")
     return _attend(module, query, key, value, None, **keywords)
 

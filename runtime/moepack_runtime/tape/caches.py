@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from .kv import GrowingLayer
-from .kv_indexed import GrowingIndexedLayer, with_indexers
+from .kv_indexed import GrowingIndexedLayer, own_indexer, taking_own, with_indexers
 from .kv_states import GrowingStatesLayer, GrowingStatesWindowLayer
 from .kv_window import GrowingWindowLayer
 from .states import can_be_played, keeps_states_alone, state_holders
@@ -29,11 +29,6 @@ _GROW = (
     DynamicIndexedLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
-    GrowingLayer,
-    GrowingWindowLayer,
-    GrowingIndexedLayer,
-    GrowingStatesLayer,
-    GrowingStatesWindowLayer,
 )
 _STAY = (LinearAttentionLayer, DummyLayer)
 
@@ -57,7 +52,7 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     if not all(can_be_played(x) for x in holders):
         return None
     # A cache with states of its own has empty layers in their places.
-    grow = [type(x) in _GROW and (x.is_initialized or cache not in holders) for x in cache.layers]
+    grow = [_grows(x) and (x.is_initialized or cache not in holders) for x in cache.layers]
     plain = [cast("DynamicLayer", x) for x, grows in zip(cache.layers, grow, strict=True) if grows]
     length = plain[0].get_seq_length() if plain else 0
     if length == 0 or any(layer.get_seq_length() != length for layer in plain):
@@ -82,11 +77,17 @@ def odd_kind(cache: Any) -> str | None:
     if type(cache) is not Cache and not own:
         return type(cache).__name__
     for layer in cache.layers:
-        if type(layer) not in (*_GROW, *_STAY):
+        if not _grows(layer) and type(layer) not in _STAY:
             return type(layer).__name__
         if getattr(layer, "indexer_position_ids", None) is not None:
             return f"{type(layer).__name__} with positions"
     return None
+
+
+def _grows(layer: Any) -> bool:
+    if type(layer) in _GROW or isinstance(layer, GrowingLayer):
+        return True
+    return isinstance(layer, DynamicLayer) and own_indexer(type(layer)) is not None
 
 
 def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:
@@ -100,6 +101,8 @@ def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:
         return GrowingIndexedLayer.taking_indexed(layer, half)
     if isinstance(layer, DynamicSlidingWindowLayer):
         return GrowingWindowLayer.taking_window(layer, half)
+    if own_indexer(type(layer)) is not None:
+        return taking_own(layer, half)
     return GrowingLayer.taking(layer, half)
 
 

@@ -124,7 +124,7 @@ def _attend(
         layer, module_of_latents = found[0] if found else (None, None)
     added = [name for name, given in more.items() if isinstance(given, Tensor)]
     if added and added != ["position_ids"]:
-        raise CannotRecord(f"attention gets {added[0]}")
+        raise CannotRecord(f"attention is given more than keys and values ({added[0]})")
     chunk = getattr(attention_mask, _CHUNK, 0)
     masked = attention_mask is not None and not chunk
     if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or masked:

@@ -263,6 +263,22 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         },
         "vision_config": {**_SMALL_TOWER, "projection_intermediate_size": 32},
     },
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text",
+            "num_hidden_layers": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 48,
+        },
+        "vision_config": {
+            **_SMALL_VISION,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
     "mistral3": {  # Mistral Small 4
         "text_config": {"model_type": "mistral4", **LATENT_ATTENTION},
         "vision_config": _SMALL_PIXTRAL,

@@ -147,12 +147,15 @@ void attend(const moepack_step& s, int32_t threads) {
                             k.dots, k.weighted_sum}, threads);
 }
 
-// See moepack_latent: the query goes to the latents, and the sum of latents becomes a value.
+// See moepack_latent: the query goes to the latents, and the sum of latents becomes a value. Window, sinks
+// and bound are those of attend().
 void attend_latent(const moepack_step& s, int32_t threads) {
   const moepack_latent& by = *static_cast<const moepack_latent*>(s.extra);
   const moepack_kv& kv = *by.kv;
-  int64_t latent = kv.key_width, count = kv.end + 1;
-  float scale = static_cast<float>(s.scalar[0]);
+  int64_t latent = kv.key_width, window = s.number[1], end = kv.end + 1;
+  int64_t begin = window > 0 && end > window ? end - window : 0, count = end - begin;
+  float scale = static_cast<float>(s.scalar[0]), cap = static_cast<float>(s.scalar[1]);
+  const float* sinks = floats(s, 3);
   const Kernels& k = kernels();
   auto dots = [&](const float* x, const void* rows, int64_t at, bool half, int64_t width, int64_t n,
                   float* out) {
@@ -167,16 +170,21 @@ void attend_latent(const moepack_step& s, int32_t threads) {
   for_chunks(threads, s.number[0], [&](int64_t h) {
     static thread_local std::vector<float> query, mixed, scores, turned;
     query.resize(static_cast<size_t>(by.width)), mixed.resize(static_cast<size_t>(latent));
-    scores.resize(static_cast<size_t>(count)), turned.resize(static_cast<size_t>(count));
+    scores.resize(static_cast<size_t>(count + 1)), turned.resize(static_cast<size_t>(count));
     const float* q = floats(s, 1) + h * s.stride[1][0];
     for (int64_t i = 0; i < by.width; ++i) query[static_cast<size_t>(i)] = q[i * s.stride[1][1]];
     dots(query.data() + by.plain_at, by.key_weights, h * latent * by.plain, by.half, by.plain,
          latent, mixed.data());
-    dots(mixed.data(), kv.keys, 0, kv.half, latent, count, scores.data());
-    dots(query.data() + by.rotary_at, kv.values, 0, kv.half, kv.value_width, count, turned.data());
-    for (size_t t = 0; t < scores.size(); ++t) scores[t] = (scores[t] + turned[t]) * scale;
-    k.softmax(scores.data(), count, scores.data());
-    sum(scores.data(), kv.keys, 0, kv.half, latent, count, mixed.data());
+    dots(mixed.data(), kv.keys, begin * latent, kv.half, latent, count, scores.data());
+    dots(query.data() + by.rotary_at, kv.values, begin * kv.value_width, kv.half, kv.value_width, count,
+         turned.data());
+    for (size_t t = 0; t < turned.size(); ++t) {
+      scores[t] = (scores[t] + turned[t]) * scale;
+      if (cap > 0) scores[t] = cap * std::tanh(scores[t] / cap);
+    }
+    if (sinks) scores[static_cast<size_t>(count)] = sinks[h * s.stride[3][0]];
+    k.softmax(scores.data(), count + (sinks ? 1 : 0), scores.data());
+    sum(scores.data(), kv.keys, begin * latent, kv.half, latent, count, mixed.data());
     sum(mixed.data(), by.value_weights, h * latent * by.value_width, by.half, by.value_width,
         latent, floats(s, 0) + h * s.stride[0][0]);
   });

@@ -32,21 +32,17 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 from transformers.generation.configuration_utils import GenerationMode
 
 from .tape.kv import GrowingLayer
-from .tape.kv_indexed import GrowingIndexedLayer
-from .tape.kv_window import GrowingWindowLayer
 
 _PLACES = (
     DynamicLayer,
     DynamicIndexedLayer,
     DynamicSlidingWindowLayer,
-    GrowingLayer,
-    GrowingIndexedLayer,
-    GrowingWindowLayer,
     DummyLayer,
 )
 _STATES = (
@@ -205,7 +201,7 @@ class PrefixReuse:
 
     def _ends_at(self, cache: Cache, held: int, length: int) -> bool:
         """Cut a cache of ``held`` tokens, unless that cannot be done."""
-        if any(type(layer) in _STATES for layer in cache.layers):
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
             return length == held and self._goes_on_from_states()
         if length < held:
             try:
@@ -216,7 +212,8 @@ class PrefixReuse:
 
     def _keep(self, cache: Cache, text: list[int]) -> None:
         """Keep a cache for the next text; ``text`` is what it holds and a token or more besides."""
-        if not all(type(layer) in (*_PLACES, *_STATES) for layer in cache.layers):
+        known = (*_PLACES, *_STATES)
+        if not all(isinstance(x, GrowingLayer) or type(x) in known for x in cache.layers):
             return  # what a layer of a family's own keeps may depend on where the prompt ended
         try:
             length = int(cache.get_seq_length())

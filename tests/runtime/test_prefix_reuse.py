@@ -17,8 +17,17 @@ from tests import families
 from tests.packs import make_family_pack
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-FAMILIES = ["olmoe", "gpt_oss", "qwen3_next", "lfm2_moe", "jamba", "deepseek_v2"]
-HAVE_STATES = ("qwen3_next", "lfm2_moe")
+FAMILIES = [
+    "olmoe",
+    "gpt_oss",
+    "qwen3_next",
+    "lfm2_moe",
+    "jamba",
+    "deepseek_v2",
+    "llama4_text",
+    "zaya",
+]
+HAVE_STATES = ("qwen3_next", "lfm2_moe", "zaya")
 
 
 class Texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
+from moepack_runtime.tape.attention import _reference
+from moepack_runtime.tape.kv import GrowingLayer
 from moepack_runtime.tape.latent import read_off
 from moepack_runtime.tape.record import CannotRecord
+from moepack_runtime.tape.steps import Kv, NativeStep, Op
 from tests import families
-from tests.packs import make_family_pack
+from tests.packs import make_family_pack, make_pack
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "longcat_flash")
 IDS = families.tokens(batch=1, length=40)
@@ -116,3 +120,56 @@ def test_a_conversation_goes_on(tmp_path: Path) -> None:
                 outputs.append(output.logits[:, -1])
         found.append(torch.cat(outputs))
     torch.testing.assert_close(found[0], found[1], atol=1e-4 * found[0].abs().max().item(), rtol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("window", [0, 3, 7, 50])
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_window_a_cap_and_sinks(half: bool, window: int, cap: float, with_sinks: bool) -> None:
+    """As over the expanded keys and values."""
+    torch.manual_seed(0)
+    module, tokens = Expands(), 7
+    latents, rotary = torch.randn(1, 1, tokens, 5), torch.randn(1, 1, tokens, 2)
+    layer = GrowingLayer()
+    layer.half = half
+    layer.update(latents, rotary)
+    if half:  # what is kept is rounded, so that this is what the reference reads
+        module.a, module.c = module.a.half().float(), module.c.half().float()
+    keys, values = module.expand_kv(*layer.update(latents[:, :, :0], rotary[:, :, :0]))
+    query, sinks = torch.randn(1, 2, 1, 5), torch.randn(2) if with_sinks else None
+    wanted = _reference(query, keys[:, :, -window:], values[:, :, -window:], 0.4, cap, sinks)
+
+    buffers = layer.buffers
+    assert buffers is not None
+    assert buffers.half == half
+    kv = Kv(buffers.keys.data_ptr(), buffers.values.data_ptr(), 1, 5, 2, buffers.capacity)
+    kv.end, kv.half = tokens - 1, half
+    expansion = read_off(module, 5, 2, half=half)
+    form, out = expansion.step(kv), torch.full((2, 4), torch.nan)
+    step = NativeStep(op=Op.ATTEND_LATENT, extra=ctypes.addressof(form))
+    step.data[:2], step.data[3] = (
+        (out.data_ptr(), query.data_ptr()),
+        None if sinks is None else sinks.data_ptr(),
+    )
+    step.stride[0][0], step.stride[1][:2], step.stride[3][0] = 4, (5, 1), 1
+    step.number[:2], step.scalar[:] = (2, window), (0.4, cap)
+    assert native.play((NativeStep * 1)(step), 0, 1, False, 2) == 1
+    torch.testing.assert_close(out, wanted[0, 0], atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("prompt", [1, 4, 20])
+@pytest.mark.parametrize("family", ["dots3_note_text", "hy_v4"])
+def test_latents_with_windows_and_with_sinks(family: str, prompt: int, tmp_path: Path) -> None:
+    """The first has windows in some layers, the second sinks; indexers pick all there is."""
+    changes = {"sliding_window": 5} if family == "dots3_note_text" else {}
+    model = families.random_model(family, index_topk=100, **changes)
+    families.save_checkpoint(model, tmp_path / "source")
+    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    wanted = logits(load_pack(tmp_path / "pack", activations="float", tape=False), prompt)
+    model = load_pack(tmp_path / "pack", activations="float")
+    got = logits(model, prompt)
+    assert model.moepack.tape.playing
+    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()

@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 import torch
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from moepack_runtime.loading import load_pack
-from moepack_runtime.tape.states import state_layers
+from moepack_runtime.tape.caches import odd_kind, take_over
+from moepack_runtime.tape.record import CannotRecord, Recorder
+from moepack_runtime.tape.states import Home, can_be_played, state_holders, states_of
 from tests import families
 from tests.packs import make_family_pack
 
 IDS = families.tokens(batch=1, length=16)
+FAMILIES = ["qwen3_next", "lfm2_moe", "jamba", "nemotron_h", "minimax", "zaya"]
+"""minimax's cache keeps states itself; zaya's layers have keys and values beside them."""
 OTHER = families.tokens(batch=1, length=16, seed=5)
 
 
-@pytest.fixture(scope="module", params=["qwen3_next", "lfm2_moe", "jamba", "nemotron_h"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_family_pack(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -63,12 +68,10 @@ def test_recording_leaves_the_text_as_it_was(pack: Path) -> None:
     for _ in range(3):
         played, plain = (text.go() for text in texts)
         assert_close(played, plain)
-    played, plain = ([vars(layer) for layer in state_layers(text.cache)] for text in texts)
+    played, plain = (states_of(state_holders(text.cache)) for text in texts)
+    assert played
     for mine, wanted in zip(played, plain, strict=True):
-        for name in ("conv_states", "recurrent_states"):
-            for place, state in wanted[name].items():
-                if state is not None:
-                    assert_close(mine[name][place], state)
+        assert_close(mine, wanted)
 
 
 def test_two_texts_in_turns(models: tuple[Any, Any]) -> None:
@@ -103,17 +106,17 @@ def test_a_text_that_is_left_keeps_its_states(models: tuple[Any, Any]) -> None:
     model = models[0]
     first = Text(model, IDS)
     first.go()
-    states = [layer.conv_states[0].clone() for layer in state_layers(first.cache)]
+    states = [state.clone() for state in states_of(state_holders(first.cache))]
     second = Text(model, OTHER)
     second.go()
-    for layer, state in zip(state_layers(first.cache), states, strict=True):
-        assert torch.equal(layer.conv_states[0], state)
+    for now, state in zip(states_of(state_holders(first.cache)), states, strict=True):
+        assert torch.equal(now, state)
 
 
 def test_a_cache_ends_with_its_owner(models: tuple[Any, Any]) -> None:
     text = Text(models[0], IDS)
     text.go()
-    ends = [weakref.ref(layer) for layer in state_layers(text.cache)]
+    ends = [weakref.ref(layer) for layer in state_holders(text.cache)]
     assert ends
     del text
     gc.collect()
@@ -126,8 +129,9 @@ def test_states_of_another_kind_are_not_played(models: tuple[Any, Any]) -> None:
     model, plain = models
     texts = [Text(m, IDS) for m in (model, plain)]
     for text in texts:
-        for layer in state_layers(text.cache):
-            layer.activate_past_recording()
+        for layer in state_holders(text.cache):
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
     assert_close(texts[0].go(), texts[1].go())
     with torch.no_grad():
         two = torch.cat([IDS, OTHER])
@@ -148,9 +152,43 @@ def test_generate_gives_the_same_tokens(pack: Path) -> None:
     assert model.moepack.tape.playing
 
 
-def test_a_layer_of_other_shapes_does_not_fit() -> None:
-    from moepack_runtime.tape.states import Home, can_be_played
+def test_a_state_that_is_put_in_the_place_of_another() -> None:
+    """It is copied to where the other was, behind everything that reads that or makes it."""
+    cache = MiniMaxCache()
+    old = torch.ones(1, 2)
+    cache.set_linear_cache(0, old)
+    home = Home([cache])
+    with home.lent([cache]):
+        with Recorder() as recorder:
+            mine = cache.get_linear_cache(0)
+            assert mine is home.tensors[0]
+            new = mine * 2.0
+            late = mine + 1.0
+            new.add_(1.0)
+            _ = late * late
+        cache.set_linear_cache(0, new)
+        home.take_back([cache], recorder.steps)
+        assert cache.get_linear_cache(0) is mine
+        names = [str(step.operation) for step in recorder.steps]
+        assert [name.split(".")[1] for name in names] == ["mul", "add", "add_", "copy_", "mul"]
+        cache.set_linear_cache(0, torch.ones(1, 3))
+        with pytest.raises(CannotRecord, match="shape"):
+            home.take_back([cache], recorder.steps)
+    assert cache.get_linear_cache(0) is old
+    assert torch.equal(home.tensors[0], torch.full((1, 2), 3.0))
 
+
+def test_a_cache_that_keeps_something_else_is_not_played() -> None:
+    cache = MiniMaxCache()
+    cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    cache.set_linear_cache(1, torch.ones(1, 2))
+    assert odd_kind(cache) is None
+    vars(cache)["tokens"] = 3
+    assert odd_kind(cache) == "MiniMaxCache"
+    assert take_over(cache) is None
+
+
+def test_a_layer_of_other_shapes_does_not_fit() -> None:
     def layer(width: int) -> LinearAttentionLayer:
         new = LinearAttentionLayer()
         assert not can_be_played(new)

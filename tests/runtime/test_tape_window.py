@@ -16,6 +16,7 @@ from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
 from moepack_runtime.tape import forward, kv_window
 from moepack_runtime.tape.caches import take_over
+from moepack_runtime.tape.kv_states import GrowingStatesLayer, GrowingStatesWindowLayer
 from moepack_runtime.tape.kv_window import GrowingWindowLayer
 from tests import families
 from tests.packs import make_pack
@@ -108,13 +109,38 @@ def test_halves_and_a_second_prompt(pack: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_native
-def test_a_window_that_attention_does_not_name_is_not_played(tmp_path: Path) -> None:
-    """llama4 has chunks in place of windows, in a cache layer of the same kind."""
-    families.save_checkpoint(families.random_model("llama4_text"), tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", quantizer="rtn")
-    model = load_pack(tmp_path / "pack")
-    decode(model, 4)
-    assert "a window of another kind" in model.moepack.tape.describe()
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("prompt", [1, WINDOW - 1, 3 * WINDOW])
+def test_windows_beside_states(prompt: int, tmp_path: Path) -> None:
+    kinds = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
+    source = families.random_model("zaya", sliding_window=WINDOW, layer_types=kinds)
+    families.save_checkpoint(source, tmp_path / "source")
+    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
+    wanted, _ = decode(load_pack(tmp_path / "pack", activations="float", tape=False), prompt)
+    model = load_pack(tmp_path / "pack", activations="float")
+    got, cache = decode(model, prompt)
+    assert model.moepack.tape.playing
+    assert_same(got, wanted)
+    found = [type(layer) for layer in cache.layers]
+    assert found == [GrowingStatesWindowLayer, GrowingStatesLayer, GrowingStatesWindowLayer]
+    for layer in cache.layers[::2]:
+        assert layer.buffers.capacity <= max(prompt, WINDOW) + 2 * WINDOW
+
+
+def test_keys_beside_states_are_not_cut_alone() -> None:
+    """A state cannot be taken back to a token before, unless its past was kept."""
+    layer = GrowingStatesLayer()
+    layer.update_conv_state(torch.randn(1, 2, 3))
+    layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+    with pytest.raises(RuntimeError, match="past"):
+        layer.crop(-2)
+    assert layer.get_seq_length() == 5
+    layer.activate_past_recording()
+    layer.update_conv_state(torch.randn(1, 2, 4))
+    layer.crop(-2)
+    assert (layer.get_seq_length(), layer.conv_states[0].shape[-1]) == (3, 3)
+    layer.reset()
+    assert layer.get_seq_length() == 0
 
 
 def pair(half: bool = False) -> tuple[DynamicSlidingWindowLayer, GrowingWindowLayer]:

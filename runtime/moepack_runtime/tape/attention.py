@@ -1,14 +1,15 @@
 """The attention of a recorded pass: one query over all cached keys, as one opaque step.
 
 transformers looks attention functions up by name; while a pass is recorded the model's is this one.
-No mask is made then, as one query sees every key before it (or those in its window).
+No mask is needed then, as one query sees every key before it, or those in its window. Where
+attention goes back to the begin of a chunk, it is the mask that says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kv import GrowingLayer
-from .kv_indexed import GrowingIndexedLayer
+from .kv_indexed import GrowingIndexedLayer, block_size
 from .kv_window import GrowingWindowLayer
 from .record import CannotRecord, Opaque, Recorder
 
 NAME = "moepack_tape"
 INDEXED_NAME = "moepack_tape_indexed"
 """Of models with indexers, which want a mask. Nothing that is played is made of it."""
+_CHUNK = "moepack_chunk"
+"""Attribute of a mask: tokens of a chunk, beyond whose begin a token does not see."""
 _recorder: Recorder | None = None
 _given: list[tuple[GrowingLayer, Tensor, Tensor]] = []
 """Layers of the cache, and the keys and values that each has handed out in this pass."""
@@ -39,8 +42,7 @@ def recorded_attention(
     indexed = any(isinstance(layer, GrowingIndexedLayer) for layer in layers)
     chosen = INDEXED_NAME if indexed else NAME
     ALL_ATTENTION_FUNCTIONS.register(chosen, _attend_indexed if indexed else _attend)
-    if indexed:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(INDEXED_NAME, _no_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(chosen, _no_mask if indexed else _mask)
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     names = [(config, config._attn_implementation) for config in configs.values()]
     expanding = [m for m in model.modules() if callable(getattr(m, "expand_kv", None))]
@@ -110,7 +112,7 @@ def _attend(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """``query`` [1, heads, 1, width] to ``[1, 1, heads, value width]``; see transformers."""
     recorder = _recorder
@@ -120,25 +122,27 @@ def _attend(
     if layer is None:
         found = [(a, m) for a, keys, values, m in _expanded if keys is key and values is value]
         layer, module_of_latents = found[0] if found else (None, None)
-    if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or attention_mask is not None:
+    added = [name for name, given in more.items() if isinstance(given, Tensor)]
+    if added and added != ["position_ids"]:
+        raise CannotRecord(f"attention is given more than keys and values ({added[0]})")
+    chunk = getattr(attention_mask, _CHUNK, 0)
+    masked = attention_mask is not None and not chunk
+    if layer is None or query.shape[0] != 1 or query.shape[2] != 1 or masked:
         raise CannotRecord("attention reads something else than the cache")
-    if isinstance(layer, GrowingWindowLayer) and sliding_window != layer.sliding_window:
+    if isinstance(layer, GrowingWindowLayer) and (chunk or sliding_window) != layer.sliding_window:
         raise CannotRecord("attention has a window of another kind")
     window = sliding_window or 0
+    if chunk and window:
+        raise CannotRecord("attention has a window and chunks")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if module_of_latents is not None and (window or softcap or s_aux is not None):
-        raise CannotRecord("attention over latents has a window, a cap or sinks")
     inputs = (query,) if s_aux is None else (query, s_aux)
-    return (
-        recorder.opaque(
-            Opaque("attend", layer, (scale, softcap or 0.0, window, module_of_latents)),
-            inputs,
-            lambda: _reference(
-                query, key[:, :, -window:], value[:, :, -window:], scale, softcap, s_aux
-            ),
-        ),
-        None,
-    )
+    seen = (layer.get_seq_length() - 1) % chunk + 1 if chunk else window
+    what = Opaque("attend", layer, (scale, softcap or 0.0, window, module_of_latents, chunk))
+
+    def run() -> Tensor:
+        return _reference(query, key[:, :, -seen:], value[:, :, -seen:], scale, softcap, s_aux)
+
+    return recorder.opaque(what, inputs, run), None
 
 
 def _attend_indexed(
@@ -148,14 +152,41 @@ def _attend_indexed(
     value: Tensor,
     attention_mask: Tensor | None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The same over the tokens that an indexer has picked, which must be all of them."""
-    if _recorder is not None and indices is not None:
-        picked = _recorder.unrecorded(lambda: indices.unique().tolist())
-        if picked != list(range(key.shape[2])):
+    size = block_size(module.config) if block_indices is not None else 1
+    choices = indices if block_indices is None else block_indices
+    if _recorder is not None and choices is not None and size is not None:
+        # Of blocks each head may have its own; -1 stands for none.
+        heads = choices if block_indices is None else choices.flatten(0, -2)
+        rows = _recorder.unrecorded(lambda: [set(row.unique().tolist()) - {-1} for row in heads])
+        if any(row != set(range(-(-key.shape[2] // size))) for row in rows):
             raise CannotRecord("an indexer has not picked all tokens")
     return _attend(module, query, key, value, None, **keywords)
+
+
+def _mask(
+    *_: Any,
+    mask_function: Callable[..., Any],
+    local_size: int | None = None,
+    **__: Any,
+) -> Tensor | None:
+    """None, unless a token sees those of its own chunk alone: then one that names the chunk."""
+    recorder, size = _recorder, local_size
+    if recorder is None or size is None:
+        return None
+
+    def goes_on() -> bool:
+        # What the first token of the third chunk sees: a window would hold the second chunk's last.
+        return bool(mask_function(*torch.tensor([0, 0, 2 * size, 2 * size - 1])))
+
+    if recorder.unrecorded(goes_on):
+        return None
+    mask = recorder.unrecorded(lambda: torch.zeros(1, 1, 1, 1))
+    setattr(mask, _CHUNK, size)
+    return cast(Tensor, mask)
 
 
 def _no_mask(q_length: int, kv_length: int, **_: Any) -> Tensor:

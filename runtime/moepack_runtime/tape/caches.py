@@ -12,21 +12,23 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
 from .kv import GrowingLayer
-from .kv_indexed import GrowingIndexedLayer, with_indexers
+from .kv_indexed import GrowingIndexedLayer, own_indexer, taking_own, with_indexers
+from .kv_states import GrowingStatesLayer, GrowingStatesWindowLayer
 from .kv_window import GrowingWindowLayer
-from .states import can_be_played
+from .states import can_be_played, keeps_states_alone, state_holders
 
 _GROW = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     DynamicIndexedLayer,
-    GrowingLayer,
-    GrowingWindowLayer,
-    GrowingIndexedLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
 )
 _STAY = (LinearAttentionLayer, DummyLayer)
 
@@ -46,9 +48,12 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     """
     if odd_kind(cache) is not None or cache.offloading or not cache.layers:
         return None
-    if not all(can_be_played(x) for x in cache.layers if type(x) is LinearAttentionLayer):
+    holders = state_holders(cache)
+    if not all(can_be_played(x) for x in holders):
         return None
-    plain = [cast("DynamicLayer", layer) for layer in cache.layers if type(layer) in _GROW]
+    # A cache with states of its own has empty layers in their places.
+    grow = [_grows(x) and (x.is_initialized or cache not in holders) for x in cache.layers]
+    plain = [cast("DynamicLayer", x) for x, grows in zip(cache.layers, grow, strict=True) if grows]
     length = plain[0].get_seq_length() if plain else 0
     if length == 0 or any(layer.get_seq_length() != length for layer in plain):
         return None
@@ -59,30 +64,45 @@ def take_over(cache: Any, *, half: bool = False) -> list[GrowingLayer] | None:
     if any(layer.get_seq_length() != length for layer in found):
         return None
     growing = iter(layers)
-    cache.layers[:] = [next(growing) if type(x) in _GROW else x for x in cache.layers]
+    cache.layers[:] = [
+        next(growing) if grows else x for x, grows in zip(cache.layers, grow, strict=True)
+    ]
     return found
 
 
 def odd_kind(cache: Any) -> str | None:
     """The kind of cache, or of a layer in it, that keeps something a recording cannot hold."""
     # The exact types: a subclass may hold more than these.
-    if type(cache) not in (Cache, DynamicCache):
+    own = isinstance(cache, DynamicCache) and keeps_states_alone(cache)
+    if type(cache) is not Cache and not own:
         return type(cache).__name__
     for layer in cache.layers:
-        if type(layer) not in (*_GROW, *_STAY):
+        if not _grows(layer) and type(layer) not in _STAY:
             return type(layer).__name__
         if getattr(layer, "indexer_position_ids", None) is not None:
             return f"{type(layer).__name__} with positions"
     return None
 
 
+def _grows(layer: Any) -> bool:
+    if type(layer) in _GROW or isinstance(layer, GrowingLayer):
+        return True
+    return isinstance(layer, DynamicLayer) and own_indexer(type(layer)) is not None
+
+
 def _growing(layer: DynamicLayer, half: bool) -> GrowingLayer:
     if isinstance(layer, GrowingLayer):
         return layer
+    if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+        return GrowingStatesLayer.taking_states(layer, half)
+    if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+        return GrowingStatesWindowLayer.taking_states(layer, half)
     if isinstance(layer, DynamicIndexedLayer):
         return GrowingIndexedLayer.taking_indexed(layer, half)
     if isinstance(layer, DynamicSlidingWindowLayer):
         return GrowingWindowLayer.taking_window(layer, half)
+    if own_indexer(type(layer)) is not None:
+        return taking_own(layer, half)
     return GrowingLayer.taking(layer, half)
 
 

@@ -26,8 +26,8 @@ from .kv_indexed import GrowingIndexedLayer, picked_at_most
 from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
-from .record import CannotRecord, Recorder, Step, differences, recording
-from .states import Home, state_layers
+from .record import CannotRecord, Recorder, Step, differences, reading_position, recording
+from .states import Home, state_holders
 from .torch_threads import TorchThreads
 
 _log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class TapeForward:
         if found is None or self._looking():
             return self._forward(self._model(), *args, **kwargs)
         token, layers = found
-        states = state_layers(kwargs["past_key_values"])
+        states = state_holders(kwargs["past_key_values"])
         position = layers[0].get_seq_length()
         with torch.no_grad():
             if self._player is None:
@@ -162,7 +162,7 @@ class TapeForward:
             cache = kwargs.get("past_key_values")
             self._passed_by = None if cache is None else odd_kind(cache)
             return None
-        if self._home is not None and not self._home.fits(state_layers(kwargs["past_key_values"])):
+        if self._home is not None and not self._home.fits(state_holders(kwargs["past_key_values"])):
             return None
         length = layers[0].get_seq_length()
         if any(isinstance(layer, GrowingIndexedLayer) for layer in layers):
@@ -173,6 +173,8 @@ class TapeForward:
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is not None and (positions.shape != (1, 1) or int(positions) != length):
             return None
+        if positions is None and kwargs["past_key_values"].get_seq_length() != length:
+            return None  # where the first layer has states in a cache of the model's own
         if mask is not None and not (
             isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())
         ):
@@ -197,31 +199,30 @@ class TapeForward:
         # code, and many of these look like an error.
         model = cast(nn.Module, self._model())
         _check(model)
-        start, states = layers[0].get_seq_length(), state_layers(cache)
+        start, states = layers[0].get_seq_length(), state_holders(cache)
         home = Home(states)
-        mine = iter(home.layers)
-        of_recording = [next(mine) if layer in states else layer for layer in cache.layers]
         other = (token + 1) % cast(Any, model).config.get_text_config().vocab_size
         token_at = torch.tensor([[token]])
         position_at = torch.tensor([[start]])
         passes = []
-        for number, ids in enumerate((token, other)):
-            token_at.fill_(ids)
-            position_at.fill_(start + number)
-            recorder = Recorder()
-            self._answers = {}
-            output = self._recorded(
-                model, recorder, token_at, position_at, layers, Cache(layers=list(of_recording))
-            )
-            steps = recorder.steps
-            if any(isinstance(layer, GrowingIndexedLayer) for layer in layers):
-                if picked_at_most(model) is None:
-                    raise CannotRecord("the config does not say how many tokens an indexer picks")
-                kept = (output.logits, *home.tensors, *self._answers.values())
-                steps = without_asking(steps, kept)
-            passes.append((steps, output, output.logits.clone()))
+        with home.lent(states):
+            for number, ids in enumerate((token, other)):
+                token_at.fill_(ids)
+                position_at.fill_(start + number)
+                recorder = Recorder()
+                self._answers = {}
+                output = self._recorded(model, recorder, token_at, position_at, layers, cache)
+                home.take_back(states, recorder.steps)
+                steps = recorder.steps
+                if any(isinstance(layer, GrowingIndexedLayer) for layer in layers):
+                    if picked_at_most(model) is None:
+                        raise CannotRecord("the config does not say how many an indexer picks")
+                    kept = (output.logits, *home.tensors, *self._answers.values())
+                    steps = without_asking(steps, kept)
+                passes.append((steps, output, output.logits.clone()))
         _rewind(layers, start)
         (first, _, wanted), (second, output, wanted_next) = passes
+        first, second = reading_position((first, second), start, position_at)
         reason = differences(first, second)
         if reason is not None:
             raise CannotRecord(reason)

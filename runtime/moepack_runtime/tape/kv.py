@@ -106,12 +106,13 @@ class GrowingLayer(DynamicLayer):
         half: Whether float16 may be kept.
     """
 
+    buffers: Buffers | None = None
+    half = False
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
+    _shown: Tensor | None = None  # the keys that were handed out
+
     def __init__(self) -> None:
-        self.buffers: Buffers | None = None
-        self.half = False
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._shown: Tensor | None = None  # the keys that were handed out
         super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod

@@ -3,14 +3,19 @@
 An indexer keeps keys of its own and picks, for each token, so many of those before it. While there
 are no more than that it picks all of them: that is what is played, and what the indexer would
 compute is left out then, but for its keys.
+
+transformers has a layer for such keys; some models have one of their own, told by what it adds to a
+layer of keys and values: one tensor of a key a token, and one method that appends to it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
-from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 from typing_extensions import override
 
 from .kv import GrowingLayer
@@ -92,6 +97,62 @@ class GrowingIndexedLayer(GrowingLayer):
             self.indexer.batch_select_indices(indices)
 
 
+class OwnIndexer(NamedTuple):
+    """What a model's own class of layers calls what it keeps for an indexer.
+
+    Attributes:
+        keys: The attribute that holds the keys, ``[1, 1, tokens, width]``.
+        append: The method that takes new ones, and returns all.
+    """
+
+    keys: str
+    append: str
+
+
+_SAME = {"reset", "crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"}
+"""Methods that such a class may write anew, to do to its keys what is done to the others."""
+
+
+@functools.cache
+def own_indexer(kind: type) -> OwnIndexer | None:
+    """The names in a class derived from ``DynamicLayer``, or None if it adds something else."""
+    if kind.__mro__[1:2] != (DynamicLayer,) or len(inspect.signature(kind).parameters) > 1:
+        return None
+    own = {name for name, value in vars(kind).items() if inspect.isfunction(value)} - {"__init__"}
+    added = vars(kind()).keys() - vars(cast(Any, DynamicLayer)()).keys()
+    append = own - _SAME
+    if len(append) != 1 or len(added) != 1 or hasattr(DynamicLayer, next(iter(append))):
+        return None
+    return OwnIndexer(added.pop(), append.pop())
+
+
+@functools.cache
+def _growing_class(names: OwnIndexer) -> type[GrowingIndexedLayer]:
+    """Growing layers that a model finds its own names in."""
+
+    def keys(self: GrowingIndexedLayer) -> Tensor | None:
+        return None if self.indexer is None else self.indexer.keys
+
+    def set_keys(self: GrowingIndexedLayer, value: Tensor | None) -> None:
+        self.indexer_keys = None if value is None else value[:, 0]
+
+    def append(self: GrowingIndexedLayer, new: Tensor) -> Tensor:
+        return self.update_indexer(new[:, 0]).unsqueeze(1)
+
+    members = {names.keys: property(keys, set_keys), names.append: append}
+    return type("GrowingOwnIndexedLayer", (GrowingIndexedLayer,), members)
+
+
+def taking_own(layer: DynamicLayer, half: bool) -> GrowingIndexedLayer:
+    """A growing layer with what one of a model's own class holds, which must have begun."""
+    names = own_indexer(type(layer))
+    assert names is not None
+    new = _growing_class(names)()
+    new.take(layer, half)
+    setattr(new, names.keys, getattr(layer, names.keys))
+    return new
+
+
 def with_indexers(layers: list[GrowingLayer]) -> list[GrowingLayer]:
     """The layers, and after each the one that holds its indexer's keys."""
     found: list[GrowingLayer] = []
@@ -104,8 +165,17 @@ def with_indexers(layers: list[GrowingLayer]) -> list[GrowingLayer]:
 
 def picked_at_most(model: Any) -> int | None:
     """How many tokens a model's indexers pick, or None where its config does not say."""
-    limit = getattr(model.config.get_text_config(), "index_topk", None)
+    config = model.config.get_text_config()
+    limit, blocks = getattr(config, "index_topk", None), getattr(config, "index_topk_blocks", None)
+    if isinstance(blocks, int) and (size := block_size(config)) is not None:
+        return blocks * size
     return limit if isinstance(limit, int) else None
+
+
+def block_size(config: Any) -> int | None:
+    """Tokens that an indexer picks at once, or None where it picks single ones."""
+    size = getattr(config, "index_block_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _as_layer(keys: Tensor) -> tuple[Tensor, Tensor]:

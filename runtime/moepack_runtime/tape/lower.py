@@ -53,6 +53,11 @@ _BINARY: dict[Any, str] = {
     aten.maximum.default: "maximum",
     aten.minimum.default: "minimum",
 }
+_FILLS: dict[Any, float] = {
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.full_like.default: math.nan,  # its argument
+}
 _POWERS = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 
 
@@ -108,16 +113,23 @@ def _native(step: Step) -> list[NativeStep] | None:
         found = _unary("gelu_tanh" if tanh else "gelu", out, arguments[0])
     elif operation is aten.softplus.default and len(arguments) == 1:
         found = _unary("softplus", out, arguments[0])
-    elif operation is aten.clamp.default:
+    elif operation in (aten.clamp.default, aten.clamp_min.default):
         found = _clamp(out, *arguments)
+    elif operation is aten.constant_pad_nd.default and not any(arguments[1]):
+        found = _unary("copy", out, arguments[0])
+    elif operation is aten.linalg_vector_norm.default:
+        return _norm(step)
     elif operation in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default):
         found = _reduce(step)
     elif operation is aten._softmax.default and native.is_floats(out, arguments[0]):
         found = along(Op.SOFTMAX, 0, arguments[1], arguments[0], out)
     elif operation is aten.topk.default:
         found = _topk(step)
-    elif operation is aten.zeros_like.default:
+    elif operation in _FILLS:
+        value = arguments[1] if operation is aten.full_like.default else _FILLS[operation]
         found = _unary("fill", out, out)
+        if found is not None:
+            found.scalar[0] = float(value)
     elif operation is aten.gather.default and not step.keywords:
         found = _gather(out, *arguments)
     elif operation is aten.convolution.default:
@@ -184,6 +196,17 @@ def _reduce(step: Step) -> NativeStep | None:
     return along(Op.REDUCE, native.REDUCE.index(kind), axes[0], source, result)
 
 
+def _norm(step: Step) -> list[NativeStep] | None:
+    """The root of the sum of squares along the last axis."""
+    out, (source, order, axes, keep) = step.results[0], (*step.arguments, 2, None, False)[:4]
+    if order != 2 or axes != [-1] or step.keywords:
+        return None
+    squares = out.squeeze(-1) if keep else out
+    summed = native.contraction(squares, source, source, -1)
+    root = _unary("sqrt", squares, squares)
+    return None if summed is None or root is None else [summed, root]
+
+
 def _topk(step: Step) -> NativeStep | None:
     source, count, axis, largest = (*step.arguments, -1, True)[:4]
     if len(step.arguments) == 3:
@@ -221,11 +244,21 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> NativeStep | None:
-    """Each channel by itself, ``source`` [1, C, L] and ``weight`` [C, 1, K]."""
+    """``source`` [1, C, L] and ``weight`` [C, 1, K], each channel by itself.
+
+    With ``weight`` [N, C / groups, K] only where a single window is all there is.
+    """
     plain = stride == dilation == [1] and padding == [0] and not transposed
-    if not plain or source.dim() != 3 or len(source) != 1 or weight.shape[:2] != (groups, 1):
+    if not plain or source.dim() != 3 or len(source) != 1:
         return None
-    if source.shape[1] != groups:
+    if weight.shape[1] > 1 and source.shape[-1] == weight.shape[-1]:
+        if not all(t.is_contiguous() for t in (out, source, weight)):
+            return None
+        each = out.view(groups, -1)
+        added = None if bias is None else bias.view(groups, -1)
+        x, rows = source.view(groups, 1, -1), weight.view(*each.shape, -1)
+        return native.contraction(each, x, rows, -1, added)
+    if weight.shape[:2] != (groups, 1) or source.shape[1] != groups:
         return None
     windows = source[0].unfold(-1, weight.shape[-1], 1)  # [C, L - K + 1, K]
     offset = None if bias is None else bias.unsqueeze(-1)

@@ -90,6 +90,9 @@ class Player:
                         self._calls[len(found)] = self._wide_append(step, len(found))
                     found.append(native_step)
         runs = slice_runs(found, parts=2 * engine.threads)
+        # Steps whose attention stays in chunks of so many tokens.
+        attends = [(i, s.number[2]) for i, s in enumerate(found) if s.op == Op.ATTEND]
+        self._chunks = {i: chunk for i, chunk in attends if chunk}
         self._steps = (NativeStep * len(found))(*found)
         stay = {t.untyped_storage().data_ptr() for t in fixed if isinstance(t, Tensor)}
         stay |= {t.untyped_storage().data_ptr() for t in keep}
@@ -118,6 +121,8 @@ class Player:
         self._token.fill_(token)
         self._position.fill_(position)
         self._playing, self._length = layers, position
+        for number, chunk in self._chunks.items():
+            self._steps[number].number[1] = position % chunk + 1  # a window
         for number, (layer, kv) in enumerate(zip(layers, self._caches, strict=True)):
             self._point(number, layer, kv)
         at = 0
@@ -239,7 +244,7 @@ class Player:
         found.data[:2] = (out.data_ptr(), query.data_ptr())
         found.stride[0][0] = out.shape[-1]
         found.stride[1][:2] = (query.stride(1), query.stride(3))
-        found.number[:2] = (query.shape[1], int(what.numbers[2]))
+        found.number[:3] = (query.shape[1], int(what.numbers[2]), what.numbers[4])
         found.scalar[:] = what.numbers[:2]
         if expands is not None:
             buffers = what.subject.buffers
@@ -258,7 +263,8 @@ class Player:
     def _lower_experts(self, what: Opaque, step: Step) -> list[NativeStep] | Call:
         hidden, index, weights = step.arguments
         out, layer = step.results[0], what.subject.native_layer
-        if layer is None or not is_floats(hidden, weights, out) or index.dtype is not torch.int64:
+        plain = is_floats(hidden, weights, out) and index.dtype is torch.int64
+        if layer is None or not plain or len(index) != 1:  # several rows for one token: see llama4
             return self._experts_call(step)
         steps, hidden = self._contiguous(hidden)
         found = NativeStep(op=Op.EXPERTS)

@@ -7,9 +7,10 @@ the model is then not played (:func:`differences`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,6 +161,38 @@ def recording(
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+
+_SHIFTS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+
+
+def reading_position(
+    passes: tuple[list[Step], list[Step]], start: int, position: Tensor
+) -> tuple[list[Step], list[Step]]:
+    """Two recordings, in which numbers that are the position are read from a tensor.
+
+    Models ask the cache how long it is and add that in Python, so that it looks like a constant.
+
+    Args:
+        passes: The recordings of two tokens in a row; what differs in more is left as it is.
+        start: The position of the first token.
+        position: ``[1, 1]`` int64, which holds the position whenever a recording is played.
+    """
+    found: tuple[list[Step], list[Step]] = ([], [])
+    for pair in itertools.zip_longest(*passes):
+        shifted = all(
+            step is not None
+            and step.operation in _SHIFTS
+            and type(step.arguments[1]) is int
+            and step.arguments[1] == start + number
+            for number, step in enumerate(pair)
+        )
+        for steps, step in zip(found, pair, strict=True):
+            if shifted:
+                step = replace(step, arguments=(step.arguments[0], position.view(())))
+            if step is not None:
+                steps.append(step)
+    return found
 
 
 def differences(first: list[Step], second: list[Step]) -> str | None:

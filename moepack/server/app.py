@@ -19,6 +19,17 @@ from .handlers import Cancelled, Handlers, Job, Refusal, current_job
 _POLL_S = 0.1
 """How often it is looked whether a client still waits."""
 
+_PLAIN = ({"type": "text"}, {"format": {"type": "text"}})
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("logprobs", "echo"), (False,)),
+    **dict.fromkeys(("top_logprobs", "presence_penalty"), (0, 0.0)),
+    **dict.fromkeys(("response_format", "text"), _PLAIN),
+    **dict.fromkeys(("functions", "function_call", "previous_response_id"), ()),
+    **dict.fromkeys(("tool_choice", "truncation"), ("auto", "disabled")),
+}
+"""Fields that the handlers pass over, with the values that mean what they do anyway."""
+
 
 def build_app(handlers: Handlers) -> FastAPI:
     """The application: what it answers, by which handler.
@@ -90,6 +101,11 @@ async def _answer(
     if body.get("generation_config") is not None:
         # An extension of transformers' own: some of its fields make more weights be loaded.
         return _error(422, "generation_config is not taken from a request")
+    for field, usual in _NO_EFFECT.items():
+        value = body.get(field)
+        same = any(value == one and type(value) is type(one) for one in usual)  # 0 is not False
+        if value is not None and not same:
+            return _error(400, f"{field} is not supported: leave it out", "unsupported_parameter")
     body["model"] = handlers.name
     body.setdefault("stream", False)  # one of the handlers would stream otherwise
     # The handlers would use it at once, not when it is this request's turn.

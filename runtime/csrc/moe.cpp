@@ -150,8 +150,8 @@ void tokens_through(const Layer& layer, const Rows& rows, int64_t begin, int64_t
     into.emplace_back(scratch, at.first_scheme, int8, !int8, rows.of(e), layer.hidden);
     between.emplace_back(scratch, at.down_scheme, down, !down, rows.of(e), layer.intermediate);
   }
-  // A thread_local is another one on the other threads.
-  const Inputs *xs = into.data() - begin, *hs = between.data() - begin;
+  // From begin on. A thread_local is another one on the other threads.
+  const Inputs *xs = into.data(), *hs = between.data();
   constexpr int64_t together = 8, ranges = 16;  // ranges: of a thread
   int64_t first = rows.starts[begin], last = rows.starts[end];
   for_chunks(threads, ceil_div(last - first, together), [&](int64_t chunk) {
@@ -159,7 +159,7 @@ void tokens_through(const Layer& layer, const Rows& rows, int64_t begin, int64_t
     int64_t e = std::upper_bound(rows.starts + begin, rows.starts + end, from) - rows.starts - 1;
     for (int64_t i = from; i < to; ++i) {
       while (i >= rows.starts[e + 1]) ++e;
-      xs[e].fill(i - rows.starts[e], rows.x + rows.tokens[i] * layer.hidden, layer.hidden);
+      xs[e - begin].fill(i - rows.starts[e], rows.x + rows.tokens[i] * layer.hidden, layer.hidden);
     }
   });
   // Threads begin at different experts, and each goes through an expert's inputs while its second cache
@@ -167,8 +167,8 @@ void tokens_through(const Layer& layer, const Rows& rows, int64_t begin, int64_t
   int64_t blocks = ceil_div(layer.intermediate, kBlockCols), units = (end - begin) * blocks;
   for_ranges(threads, units, ceil_div(units, ranges * threads), [&](int64_t u, int64_t to) {
     for (; u < to; ++u) {
-      int64_t e = begin + u / blocks;
-      if (rows.of(e) > 0) intermediate_block(layer, e, u % blocks, xs[e], hs[e], rows.of(e));
+      int64_t i = u / blocks, tokens = rows.of(begin + i);
+      if (tokens > 0) intermediate_block(layer, begin + i, u % blocks, xs[i], hs[i], tokens);
     }
   });
   int64_t tiles = ceil_div(layer.hidden, kTileRows);
@@ -177,7 +177,7 @@ void tokens_through(const Layer& layer, const Rows& rows, int64_t begin, int64_t
     for (; u < to; ++u) {
       int64_t e = begin + u / tiles, t = u % tiles;
       if (rows.of(e) == 0) continue;
-      const float* out = down_tile(layer, e, t, hs[e], rows.of(e));
+      const float* out = down_tile(layer, e, t, hs[e - begin], rows.of(e));
       int64_t width = std::min<int64_t>(layer.hidden - t * kTileRows, kTileRows);
       for (int64_t i = rows.starts[e]; i < rows.starts[e + 1]; ++i, out += kTileRows) {
         float* to_row = rows.outputs + rows.places[i] * layer.hidden + t * kTileRows;

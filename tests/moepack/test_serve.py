@@ -205,6 +205,13 @@ def test_bodies_that_are_no_objects(server: Served, body: bytes) -> None:
         ("/chat/completions", {"messages": [PICTURE]}, "reads text alone, and no image_url"),
         ("/completions", {"prompt": "\ud800"}, "cannot be used"),
         ("/responses", {}, "KeyError: 'input'"),
+        # What the handlers would pass over.
+        ("/completions", {"prompt": "x", "n": 2}, "n is not supported"),
+        ("/completions", {"prompt": "x", "logprobs": 0}, "logprobs is not supported"),
+        ("/completions", {"prompt": "x", "echo": True}, "echo is not supported"),
+        ("/chat/completions", {"response_format": {"type": "json_object"}}, "response_format is"),
+        ("/chat/completions", {"tool_choice": "required"}, "tool_choice is not supported"),
+        ("/responses", {"previous_response_id": "x"}, "previous_response_id is not supported"),
     ],
 )
 def test_requests_that_cannot_be_used(
@@ -214,6 +221,14 @@ def test_requests_that_cannot_be_used(
         status, line, _ = server.refusal(path, {**body, "stream": stream})
         assert status == 400
         assert why in line
+
+
+def test_usual_values_of_what_is_not_supported(server: Served) -> None:
+    usual = {"n": 1, "logprobs": None, "presence_penalty": 0, "user": "x"}
+    plain = {"response_format": {"type": "text"}, "logprobs": False, "tool_choice": "auto"}
+    assert server.ask("/completions", {"prompt": PROMPT, **usual, **GREEDY})["choices"]
+    body = {"messages": [message(PROMPT)], **usual, **plain, **GREEDY}
+    assert server.ask("/chat/completions", body)["choices"]
 
 
 def test_fields_that_nobody_knows(server: Served) -> None:

@@ -132,8 +132,8 @@ def _attend(
     if isinstance(layer, GrowingWindowLayer) and (chunk or sliding_window) != layer.sliding_window:
         raise CannotRecord("attention has a window of another kind")
     window = sliding_window or 0
-    if chunk and window:
-        raise CannotRecord("attention has a window and chunks")
+    if chunk and (window or module_of_latents is not None):
+        raise CannotRecord("attention in chunks has a window, or is over latents")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     inputs = (query,) if s_aux is None else (query, s_aux)
     seen = (layer.get_seq_length() - 1) % chunk + 1 if chunk else window

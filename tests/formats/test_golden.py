@@ -27,7 +27,7 @@ from moepack_formats.record import pack_record
 from moepack_formats.schemes import SCHEMES, get_scheme
 from moepack_formats.tensor_file import TensorPlan
 from moepack_formats.writer import TensorFileWriter
-from tests.formats import golden
+from tests.formats import golden, golden_bytes
 from tests.formats.builders import layer_plan, write_layer
 
 SPEC_MD = Path(__file__).parents[2] / "formats" / "SPEC.md"
@@ -41,7 +41,7 @@ def spec_example(name: str) -> str:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_matrix(name: str) -> None:
-    size, digest, text = golden.MATRICES[name]
+    size, digest, text = golden_bytes.MATRICES[name]
     packed = pack_matrix(golden.golden_matrix(name, full=False)).tobytes()
     assert golden.dump(packed) == golden.dump(golden.undump(text, size))
     assert len(packed) == size

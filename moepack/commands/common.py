@@ -19,6 +19,7 @@ from moepack_runtime.options import (
     ACTIVATIONS,
     DEVICES,
     ENGINES,
+    GPU_OPTIONS,
     HYBRID_MODES,
     IO_MODES,
     MAX_THREADS,
@@ -34,9 +35,6 @@ _log = logging.getLogger(__name__)
 
 _SLOT_OPTIONS = ("slots", "policy", "scope", "pin", "cache_bias")
 """Options about slots, by parameter name; mapped files have none."""
-
-_GPU_OPTIONS = ("vram", "context", "hybrid", "compile")
-"""Options about a GPU, by parameter name; where the CPU computes they would do nothing."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -269,7 +267,7 @@ def _refuse_gpu_options() -> None:
     """Refuse options about a GPU; the CPU computes."""
     import torch
 
-    for option in given(*_GPU_OPTIONS):
+    for option in given(*GPU_OPTIONS):
         raise UsageError(
             f"{option} does nothing where the CPU computes",
             got=None if torch.cuda.is_available() else "no CUDA device",

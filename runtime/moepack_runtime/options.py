@@ -24,6 +24,8 @@ ACTIVATIONS = ("int8", "float")
 DEVICES = ("auto", "cpu", "cuda")
 HYBRID_MODES = ("off", "on", "auto")
 SCOPES = ("global", "layer")
+GPU_OPTIONS = ("vram", "context", "hybrid", "offload", "keep", "compile")
+"""Fields of :class:`RuntimeOptions` that do nothing where the CPU computes."""
 MAX_THREADS = 1024
 """More of them the system may refuse in the middle of a computation."""
 

@@ -16,7 +16,7 @@ from moepack_runtime.tape.caches import take_over
 from moepack_runtime.tape.kv_window import GrowingWindowLayer
 from tests import families
 from tests.packs import make_pack
-from tests.runtime.test_tape_window import assert_same, decode, few
+from tests.runtime.test_tape_window import assert_same, check_played, decode, few
 
 __all__ = ["few"]
 CHUNK = 5
@@ -40,23 +40,15 @@ def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("prompt", [1, CHUNK - 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2])
 def test_played_tokens_see_their_chunk(pack: Path, prompt: int) -> None:
-    wanted, _ = decode(load_pack(pack, activations="float", tape=False), prompt)
-    model = load_pack(pack, activations="float")
-    got, cache = decode(model, prompt)
-    assert model.moepack.tape.playing
-    assert_same(got, wanted)
+    cache = check_played(pack, prompt)
     chunked = [layer for layer in cache.layers if isinstance(layer, GrowingWindowLayer)]
     assert len(chunked) == 3
 
 
 def test_chunks_in_a_cache_that_keeps_everything(pack: Path) -> None:
     """A cache made without the model's config has no layers with windows."""
-    wanted, _ = decode(load_pack(pack, activations="float", tape=False), 7, DynamicCache())
-    model = load_pack(pack, activations="float")
-    got, cache = decode(model, 7, DynamicCache())
-    assert model.moepack.tape.playing
+    cache = check_played(pack, 7, DynamicCache)
     assert not any(isinstance(layer, GrowingWindowLayer) for layer in cache.layers)
-    assert_same(got, wanted)
 
 
 @pytest.mark.usefixtures("few")

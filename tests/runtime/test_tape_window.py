@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,21 @@ def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=0)
 
 
+def check_played(pack: Path, prompt: int, make_cache: Callable[[], Any] = lambda: None) -> Any:
+    """Played tokens give transformers' own logits. Returns the cache."""
+    wanted, _ = decode(load_pack(pack, activations="float", tape=False), prompt, make_cache())
+    model = load_pack(pack, activations="float")
+    got, cache = decode(model, prompt, make_cache())
+    assert model.moepack.tape.playing
+    assert_same(got, wanted)
+    return cache
+
+
 @needs_native
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, 3 * WINDOW])
 def test_played_tokens_see_their_window(pack: Path, prompt: int) -> None:
-    wanted, _ = decode(load_pack(pack, activations="float", tape=False), prompt)
-    model = load_pack(pack, activations="float")
-    got, cache = decode(model, prompt)
-    assert model.moepack.tape.playing
-    assert_same(got, wanted)
+    cache = check_played(pack, prompt)
     windows = [layer for layer in cache.layers if isinstance(layer, GrowingWindowLayer)]
     assert 0 < len(windows) < len(cache.layers)
     for layer in windows:
@@ -80,12 +87,8 @@ def test_played_tokens_see_their_window(pack: Path, prompt: int) -> None:
 @needs_native
 def test_a_window_over_a_cache_that_keeps_everything(pack: Path) -> None:
     """A cache made without the model's config has no layers with windows."""
-    wanted, _ = decode(load_pack(pack, activations="float", tape=False), 7, DynamicCache())
-    model = load_pack(pack, activations="float")
-    got, cache = decode(model, 7, DynamicCache())
-    assert model.moepack.tape.playing
+    cache = check_played(pack, 7, DynamicCache)
     assert not any(isinstance(layer, GrowingWindowLayer) for layer in cache.layers)
-    assert_same(got, wanted)
 
 
 @needs_native
@@ -116,11 +119,7 @@ def test_windows_beside_states(prompt: int, tmp_path: Path) -> None:
     source = families.random_model("zaya", sliding_window=WINDOW, layer_types=kinds)
     families.save_checkpoint(source, tmp_path / "source")
     make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    wanted, _ = decode(load_pack(tmp_path / "pack", activations="float", tape=False), prompt)
-    model = load_pack(tmp_path / "pack", activations="float")
-    got, cache = decode(model, prompt)
-    assert model.moepack.tape.playing
-    assert_same(got, wanted)
+    cache = check_played(tmp_path / "pack", prompt)
     found = [type(layer) for layer in cache.layers]
     assert found == [GrowingStatesWindowLayer, GrowingStatesLayer, GrowingStatesWindowLayer]
     for layer in cache.layers[::2]:

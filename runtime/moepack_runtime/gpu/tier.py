@@ -13,7 +13,7 @@ from moepack_formats.pack import Pack
 
 from ..experts import ExpertsAdapter
 from ..kernels import select
-from ..options import RuntimeOptions, format_size
+from ..options import GPU_OPTIONS, RuntimeOptions, format_size
 from ..residency import Residency, open_budget, open_residency
 from ..slot_cache import SlotCache, record_sizes
 from ..statistics import Statistics
@@ -107,8 +107,7 @@ def on_cpu(options: RuntimeOptions) -> bool:
 def warn_unused(options: RuntimeOptions) -> None:
     """One line for options about a GPU that were set; the CPU computes."""
     usual = RuntimeOptions()
-    names = ("vram", "context", "hybrid", "offload", "keep", "compile")
-    unused = [name for name in names if getattr(options, name) != getattr(usual, name)]
+    unused = [name for name in GPU_OPTIONS if getattr(options, name) != getattr(usual, name)]
     if unused:
         what = " and ".join([", ".join(unused[:-1]), unused[-1]] if unused[1:] else unused)
         _log.warning("the CPU computes: %s %s nothing", what, "do" if unused[1:] else "does")

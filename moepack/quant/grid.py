@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from moepack_runtime.kernels import native_solver as native
+
 from .storage import Stored
 
 P = TypeVar("P")
@@ -63,7 +65,6 @@ class Panel:
         high: ``[N]`` largest centred weight.
         reach: The largest absolute centred weight of all groups.
         power: ``[N]`` sum of the squares of the centred weights.
-        codes: ``[g, N]`` float32, integers, as the last ``encode`` left them.
         measure: ``[g, N]`` float32 importance, of mean 1 in each group; None: 1 everywhere.
         emphasis: ``[N]`` float32 mean importance of each group; 1 without an importance.
     """
@@ -82,53 +83,46 @@ class Panel:
             repeats = by_group.shape[1] // len(emphasis)
             self.emphasis = emphasis.repeat(repeats)
             self.measure = grouped if repeats == 1 else grouped.repeat(1, repeats)
-        self._scaled = torch.empty_like(self.weights)
-        self.codes = torch.empty_like(self.weights)
         self._product = torch.empty_like(self.weights)
         self.mean = self.total(self.weights) / group
         self.weights -= self.mean
         self.low = self.weights.amin(dim=0)
         self.high = self.weights.amax(dim=0)
         self.reach = float(torch.maximum(self.high, -self.low).max())
-        if self.measure is not None:
-            self._weighed = self.weights * self.measure
         self.power = self._sum_product(self.weights, self.weights)
 
-    def scale_by(self, inverse: Tensor) -> None:
-        """Measure the weights in steps: the argument of every ``encode`` that follows.
+    def codes(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+        """The nearest code, 0 to ``top``, of every weight: ``[g, N]`` float32.
 
         Args:
             inverse: ``[N]`` one over the step, as ``invert`` gives it.
-        """
-        torch.mul(self.weights, inverse, out=self._scaled)
-
-    def encode(self, zero: Tensor, top: int) -> None:
-        """Choose the nearest code, 0 to ``top``, of every weight.
-
-        Args:
             zero: ``[N]`` the code, a fraction, that stands for the group's mean.
             top: The largest code.
         """
-        torch.add(self._scaled, zero, out=self.codes).round_().clamp_(0, top)
+        return (self.weights * inverse).add_(zero).round_().clamp_(0, top)
 
-    def code_sum(self) -> Tensor:
-        """Sum ``[N]`` of the present codes."""
-        return self.total(self.codes)
+    def code_sum(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+        """Sum ``[N]`` of these codes."""
+        if native.available():
+            return native.code_sums(
+                self.weights, self.measure, inverse, zero, top, squares=False
+            )[0]
+        return self.total(self.codes(inverse, zero, top))
 
-    def moments(self) -> Moments:
-        """Sums of the present codes, for fitting step and zero point to them."""
-        if self.measure is None:
-            qq = self._sum_product(self.codes, self.codes)
-            return Moments(self.code_sum(), qq, self._sum_product(self.codes, self.weights))
-        qw = torch.mul(self.codes, self._weighed, out=self._product).sum(dim=0)
-        counted = torch.mul(self.codes, self.measure, out=self._product)
-        q = counted.sum(dim=0)
-        return Moments(q, counted.mul_(self.codes).sum(dim=0), qw)
+    def moments(self, inverse: Tensor, zero: Tensor, top: int) -> Moments:
+        """Sums of these codes, for fitting step and zero point to them."""
+        if native.available():
+            return Moments(*native.code_sums(self.weights, self.measure, inverse, zero, top))
+        codes = self.codes(inverse, zero, top)
+        q, qq = self.total(codes), self._sum_product(codes, codes)
+        return Moments(q, qq, self._sum_product(codes, self.weights))
 
-    def squared_steps(self, zero: Tensor, top: int) -> Tensor:
-        """Encode, and sum ``[N]`` the squared errors, in steps."""
-        wanted = torch.add(self._scaled, zero, out=self._product)
-        residual = wanted.sub_(torch.round(wanted, out=self.codes).clamp_(0, top))
+    def squared_steps(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
+        """Sum ``[N]`` of the squared errors of these codes, in steps."""
+        if native.available():
+            return native.squared_steps(self.weights, self.measure, inverse, zero, top)
+        wanted = (self.weights * inverse).add_(zero)
+        residual = wanted.sub_(torch.round(wanted, out=self._product).clamp_(0, top))
         return self._sum_product(residual, residual)
 
     def total(self, values: Tensor) -> Tensor:
@@ -215,15 +209,13 @@ class GroupedRows(RowGroups[Panel]):
     def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
         super().__init__(rows, group, Panel, importance)
 
-    def encode(self, scales: Tensor, minima: Tensor, top: int) -> Iterator[Panel]:
-        """Each panel with the codes that suit these ``[R, G]`` scales and minima best."""
+    def grids(self, scales: Tensor, minima: Tensor) -> Iterator[tuple[Panel, Tensor, Tensor]]:
+        """Each panel with the inverse and the zero point of these ``[R, G]`` scales and minima."""
         for panel, step, minimum in zip(
             self.panels, self.split(scales), self.split(minima), strict=True
         ):
             inverse = invert(step)
-            panel.scale_by(inverse)
-            panel.encode((minimum + panel.mean) * inverse, top)
-            yield panel
+            yield panel, inverse, (minimum + panel.mean) * inverse
 
     def write_codes(self, scales: Stored, minima: Stored, top: int, out: Tensor) -> None:
         """Encode for the values that the reader will see.
@@ -235,11 +227,15 @@ class GroupedRows(RowGroups[Panel]):
             out: ``[R, C]`` uint8, overwritten.
         """
         effective = scales.values()
-        encoded = zip(
-            self.encode(effective, minima.values(), top), self.split(effective), strict=True
-        )
+        grids = zip(self.grids(effective, minima.values()), self.split(effective), strict=True)
         # Codes of a step of 0 say nothing; keep them 0.
-        self.write(out, (panel.codes.mul_(step.sign()) for panel, step in encoded))
+        self.write(
+            out,
+            (
+                panel.codes(inverse, zero, top).mul_(step.sign())
+                for (panel, inverse, zero), step in grids
+            ),
+        )
 
 
 def invert(step: Tensor) -> Tensor:
@@ -281,10 +277,8 @@ def refit_minima(rows: GroupedRows, scales: Tensor, minima: Tensor, top: int) ->
         rows.panels, rows.split(scales), rows.split(minima), strict=True
     ):
         inverse = invert(step)
-        panel.scale_by(inverse)
         zero = (minimum + panel.mean) * inverse
         for _ in range(MINIMUM_TURNS):
-            panel.encode(zero, top)
-            zero = panel.code_sum() / panel.size
+            zero = panel.code_sum(inverse, zero, top) / panel.size
         found.append(zero * step - panel.mean)
     return rows.join(found)

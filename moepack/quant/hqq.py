@@ -133,29 +133,23 @@ class Fit:
 def _try_step(panel: Panel, step: Tensor, zero: Tensor, top: int, turns: int) -> Fit:
     """Turns of codes and zero point at one scale."""
     inverse = invert(step)
-    panel.scale_by(inverse)
     beta = BETA
     for _ in range(turns):
-        panel.encode(zero, top)
         # mean(codes - weights / step), and the weights of a group sum to zero.
-        turned = panel.code_sum() / panel.size
+        turned = panel.code_sum(inverse, zero, top) / panel.size
         outliers = Outliers.find(panel, step, zero, top, beta)
         if outliers is not None:
             groups = outliers.groups
             turned[groups] += outliers.total / panel.size * inverse[groups]
         zero = turned
         beta *= KAPPA
-    panel.encode(zero, top)
     return _least_squares(panel, step, zero, top, beta)
 
 
 def _refit(panel: Panel, fit: Fit, top: int, turns: int) -> Fit:
     """Turns of codes on the one side, scale and zero point on the other, until settled."""
     for turn in range(REFITS):
-        inverse = invert(fit.step)
-        zero = fit.minimum * inverse
-        panel.scale_by(inverse)
-        panel.encode(zero, top)
+        zero = fit.minimum * invert(fit.step)
         beta = BETA * KAPPA ** (turns + turn)
         before = fit.error * (1 - SETTLED)
         fit = _least_squares(panel, fit.step, zero, top, beta)
@@ -166,8 +160,8 @@ def _refit(panel: Panel, fit: Fit, top: int, turns: int) -> Fit:
 
 
 def _least_squares(panel: Panel, step: Tensor, zero: Tensor, top: int, beta: float) -> Fit:
-    """Scale and minimum that suit the panel's present codes best."""
-    sums = panel.moments()
+    """Scale and minimum that suit the codes of a step and a zero point best."""
+    sums = panel.moments(invert(step), zero, top)
     mean_code = sums.q / panel.size
     # At least a quarter: of whole numbers that are not all the same it is half or more, and of
     # those that are, whatever the scale becomes, nothing depends on it.
@@ -202,7 +196,7 @@ class Outliers:
 
     @staticmethod
     def find(panel: Panel, step: Tensor, zero: Tensor, top: int, beta: float) -> Outliers | None:
-        """Shrink the residuals of the panel's present codes, which this ``zero`` gave.
+        """Shrink the residuals of the codes of a step and a zero point.
 
         None when shrinkage leaves everything as it is: no residual is larger than half a step, or
         than what clipping takes from the smallest or largest weight.
@@ -214,8 +208,9 @@ class Outliers:
         groups = (torch.maximum(clipped, step / 2) > limit).nonzero().squeeze(1)
         if not len(groups):
             return None
-        codes = panel.codes[:, groups]
-        residual = panel.weights[:, groups] - (codes - zero[groups]) * step[groups]
+        step, zero, weights = step[groups], zero[groups], panel.weights[:, groups]
+        codes = (weights * invert(step)).add_(zero).round_().clamp_(0, top)
+        residual = weights - (codes - zero) * step
         size = residual.abs()
         taken = size - size.pow(LP_NORM - 1).div_(beta)
         taken = taken.clamp_(min=0).copysign_(residual)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moepack_formats.schemes import SUPER_COLS, Scheme
+from moepack_runtime.kernels import native_solver as native
 
 from .grid import RowGroups, size_lost, take_better
 from .storage import FLOAT16_SMALLEST, Stored, as_float16, by_row, by_super
@@ -141,16 +142,15 @@ class SignedPanel:
         self.weights = torch.empty(by_group.shape, dtype=torch.float32).copy_(by_group)
         low, high = self.weights.amin(dim=0), self.weights.amax(dim=0)
         self.extreme = torch.where(-low > high, low, high)
+        self._levels = levels
         self._encoder = Encoder(levels, by_group.shape)
-        self._levels = torch.empty_like(self.weights)
-        self._product = torch.empty_like(self.weights)
         self._measure: Tensor | None = None
         self._counted = self.weights
         if importance is not None:
             measure = importance.reshape(-1, group).t()  # [g, G] or [g, N]
             self._measure = measure.repeat(1, len(self.extreme) // measure.shape[1]).contiguous()
             self._counted = self.weights * self._measure
-        self.power = torch.mul(self.weights, self._counted, out=self._product).sum(dim=0)
+        self.power = (self.weights * self._counted).sum(dim=0)
 
     def moments(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Encode for a scale, and sum up.
@@ -161,9 +161,11 @@ class SignedPanel:
         Returns:
             ``[N]`` sums of level times weight, and of the squares of levels.
         """
-        levels = self._levels.copy_(self._encoder.levels(self.weights, scale))
-        qw = torch.mul(levels, self._counted, out=self._product).sum(dim=0)
-        squares = torch.mul(levels, levels, out=levels)
+        if native.available():
+            return native.level_sums(self.weights, self._measure, invert(scale), self._levels)
+        levels = self._encoder.levels(self.weights, scale).to(torch.float32)
+        qw = (levels * self._counted).sum(dim=0)
+        squares = levels.mul_(levels)
         if self._measure is not None:
             squares *= self._measure
         return qw, squares.sum(dim=0)

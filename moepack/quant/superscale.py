@@ -115,9 +115,7 @@ def _step_from_zero(panel: Panel, top: int) -> Tensor:
     step = ((panel.high + panel.mean) / top).clamp_(min=0)
     for _ in range(ANCHOR_TURNS):
         inverse = invert(step)
-        panel.scale_by(inverse)
-        panel.encode(panel.mean * inverse, top)
-        sums = panel.moments()
+        sums = panel.moments(inverse, panel.mean * inverse, top)
         fitted = (sums.qw + panel.mean * sums.q) / sums.qq
         step = torch.where((sums.qq > 0) & (fitted > 0), fitted, step)
     return step
@@ -165,11 +163,10 @@ def best_neighbour(
         tried_scale = (scale + up).clamp_(1, CODE_TOP)
         step = tried_scale * outer_scale
         inverse = invert(step)
-        panel.scale_by(inverse)
         for along in alongs:
             tried_minimum = (minimum + along).clamp_(0, CODE_TOP)
             zero = (tried_minimum * outer_minimum).add_(panel.mean).mul_(inverse)
-            error = panel.squared_steps(zero, top).mul_(step).mul_(step)
+            error = panel.squared_steps(inverse, zero, top).mul_(step).mul_(step)
             if best is None:
                 best = error
                 continue
@@ -191,7 +188,10 @@ def _refit_outer(
     At full size, both are stretched by what least squares makes the values smaller than the
     weights.
     """
-    sums = [panel.moments() for panel in rows.encode(scales.values(), minima.values(), top)]
+    sums = [
+        panel.moments(inverse, zero, top)
+        for panel, inverse, zero in rows.grids(scales.values(), minima.values())
+    ]
     q, qq = rows.join([part.q for part in sums]), rows.join([part.qq for part in sums])
     mean = rows.gather(lambda panel: panel.mean)
     size = rows.gather(lambda panel: torch.full_like(panel.mean, panel.size))

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "solver.h"
 #include "tile.h"
 
 namespace moepack {
@@ -297,6 +298,8 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   k.dots = dots<V, float>, k.dots_half = dots<V, uint16_t>;
   k.weighted_sum = weighted_sum<V, float>, k.weighted_sum_half = weighted_sum<V, uint16_t>;
   k.to_half = to_half;
+  k.code_sums = code_sums, k.squared_steps = squared_steps, k.level_sums = level_sums;
+  k.feed_back = feed_back;
   return k;
 }
 

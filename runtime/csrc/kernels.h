@@ -89,6 +89,13 @@ struct Kernels {
                        const float* next, float* out);
   void (*weighted_sum_half)(const float* weights, const uint16_t* rows, int64_t width,
                             int64_t count, const uint16_t* next, float* out);
+  // For quantizers; see solver.h.
+  void (*code_sums)(const moepack_groups& groups, const moepack_grid& grid, float* q, float* qq,
+                    float* qw);
+  void (*squared_steps)(const moepack_groups& groups, const moepack_grid& grid, float* lost);
+  void (*level_sums)(const moepack_groups& groups, const moepack_levels& levels, const float* inverse,
+                     float* qw, float* qq);
+  void (*feed_back)(const moepack_columns& columns);
   // To float16. False where a number is none or too large, and `out` is worth nothing then.
   bool (*to_half)(const float* a, int64_t n, uint16_t* out);
 };

@@ -6,7 +6,7 @@
 #define MOEPACK_H
 #include <stdint.h>
 
-#define MOEPACK_ABI 11
+#define MOEPACK_ABI 12
 #define MOEPACK_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -143,6 +143,51 @@ typedef struct {
  * seconds[i] grows by what steps[i], or the run that begins with it, took. */
 MOEPACK_API int64_t moepack_tape_run(const moepack_step* steps, int64_t begin, int64_t end,
                                      int32_t mode, int32_t threads, double* seconds);
+
+/* What quantizers compute of every weight, on the calling thread. Groups of weights lie side by side:
+ * [size, count], each a column. With a measure, shaped alike, sums count a weight as often as it says. */
+typedef struct {
+  const float *weights, *measure;
+  int64_t size, count;
+} moepack_groups;
+
+/* A group's codes are the nearest of 0, 1, ..., top to weight * inverse + zero. [count] each. */
+typedef struct {
+  const float *inverse, *zero;
+  float top;
+} moepack_grid;
+
+/* Ascending levels that codes stand for. */
+enum { MOEPACK_MOST_LEVELS = 8, MOEPACK_MOST_GROUP = 128 };
+typedef struct {
+  int32_t count;
+  float level[MOEPACK_MOST_LEVELS];
+} moepack_levels;
+
+/* Sums of each group's codes, of their squares, and of code times weight, [count] each; qq and qw may
+ * be NULL together. */
+MOEPACK_API int32_t moepack_code_sums(const moepack_groups* groups, const moepack_grid* grid, float* q,
+                                      float* qq, float* qw);
+/* Sums of the squared differences between the codes and what they are the nearest to. */
+MOEPACK_API int32_t moepack_squared_steps(const moepack_groups* groups, const moepack_grid* grid,
+                                          float* lost);
+/* Sums of level times weight and of squared levels; levels are the nearest to weight * inverse. */
+MOEPACK_API int32_t moepack_level_sums(const moepack_groups* groups, const moepack_levels* levels,
+                                       const float* inverse, float* qw, float* qq);
+
+/* One group's columns, rounded one after the other: each one's error, over upper[i][i], is fed to the
+ * later ones. Values are code * step - minimum, or with levels level * step; codes of a step of 0 are 0. */
+typedef struct {
+  const float* weights; /* [size, rows] */
+  const float* upper;   /* [size, size], rows `stride` apart; below the diagonal nothing is read */
+  int64_t size, rows, stride;
+  const float *inverse, *step, *minimum; /* [rows] */
+  float top;
+  const moepack_levels* levels; /* or NULL */
+  uint8_t* codes;               /* [size, rows] */
+  float* errors;                /* [size, rows] */
+} moepack_columns;
+MOEPACK_API int32_t moepack_feed_back(const moepack_columns* columns);
 
 /* Start `threads` threads, the caller's among them, and return how many there are: fewer where the
  * system refuses. Other functions start what they lack and do with what they get. */

@@ -6,7 +6,7 @@ import ctypes
 
 from moepack_formats.schemes import SCHEMES
 
-ABI = 11
+ABI = 12
 ACTIVATION_KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SCHEME_NUMBERS = {name: number for number, name in enumerate(SCHEMES)}
 REFUSALS = {1: "a bad argument", 2: "a short buffer", 3: "not supported on this machine"}
@@ -53,6 +53,55 @@ class ExpertsLayer(ctypes.Structure):
     )
 
 
+class Groups(ctypes.Structure):
+    """``moepack_groups``: weights whose codes a quantizer sums up."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("measure", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    )
+
+
+class Grid(ctypes.Structure):
+    """``moepack_grid``: a scale and zero point of each group."""
+
+    _fields_ = (
+        ("inverse", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("top", ctypes.c_float),
+    )
+
+
+MOST_LEVELS, MOST_GROUP = 8, 128
+
+
+class Levels(ctypes.Structure):
+    """``moepack_levels``: what codes stand for in a scheme without minima."""
+
+    _fields_ = (("count", ctypes.c_int32), ("level", ctypes.c_float * MOST_LEVELS))
+
+
+class Columns(ctypes.Structure):
+    """``moepack_columns``: what error feedback rounds, one column after the other."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("upper", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("inverse", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("minimum", ctypes.c_void_p),
+        ("top", ctypes.c_float),
+        ("levels", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+    )
+
+
 INT, LONG, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 SIGNATURES = {
     "moepack_isa": (ctypes.c_char_p, []),
@@ -75,6 +124,10 @@ SIGNATURES = {
     ),
     "moepack_sum_rows": (INT, [POINTER, LONG, LONG, LONG, POINTER, INT]),
     "moepack_tape_run": (LONG, [POINTER, LONG, LONG, INT, INT, POINTER]),
+    "moepack_code_sums": (INT, [POINTER] * 5),
+    "moepack_squared_steps": (INT, [POINTER] * 3),
+    "moepack_level_sums": (INT, [POINTER] * 5),
+    "moepack_feed_back": (INT, [POINTER]),
     "moepack_start_threads": (INT, [INT]),
     "moepack_read": (ctypes.c_uint64, [POINTER, LONG, INT]),
 }

@@ -1,0 +1,240 @@
+// What quantizers compute of every weight, compiled for each instruction set: codes at given scales,
+// their sums over groups, and error feedback. Groups lie side by side, so a vector holds the same
+// weight of many groups, and sums are the same bits on every instruction set.
+#pragma once
+#include <string.h>
+
+#include <type_traits>
+
+#include "lanes.h"
+
+namespace moepack {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorFloats = 16;
+#elif defined(__AVX2__)
+constexpr int kVectorFloats = 8;
+#else
+constexpr int kVectorFloats = 4;
+#endif
+constexpr int kVectors = kLanes / kVectorFloats;
+
+typedef float Vector __attribute__((vector_size(4 * kVectorFloats)));
+
+// 16 groups.
+struct Lanes16 {
+  Vector v[kVectors];
+};
+
+// Calls f(first, whole) for each 16 of `count` groups; `whole` is a constant and false where there are
+// fewer.
+template <class F> MOEPACK_INLINE void each_lanes(int64_t count, F f) {
+  int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes) f(first, std::true_type{});
+  if (first < count) f(first, std::false_type{});
+}
+
+// The same at any address. Copying a register's worth through memory costs more than what is computed.
+typedef float Unaligned __attribute__((vector_size(4 * kVectorFloats), aligned(4), may_alias));
+
+// 16 floats, or the `count` below that there are, and zeros.
+template <bool WHOLE> MOEPACK_INLINE Lanes16 load_lanes(const float* p, int64_t count) {
+  Lanes16 out{};
+  if (WHOLE)
+    for (int k = 0; k < kVectors; ++k)
+      out.v[k] = *reinterpret_cast<const Unaligned*>(p + k * kVectorFloats);
+  else
+    memcpy(&out, p, static_cast<size_t>(4 * count));
+  return out;
+}
+template <bool WHOLE> MOEPACK_INLINE void store_lanes(float* p, const Lanes16& x, int64_t count) {
+  if (WHOLE)
+    for (int k = 0; k < kVectors; ++k)
+      *reinterpret_cast<Unaligned*>(p + k * kVectorFloats) = x.v[k];
+  else
+    memcpy(p, &x, static_cast<size_t>(4 * count));
+}
+
+// A number as a vector of them.
+MOEPACK_INLINE Vector all(float x) { return Vector{} + x; }
+
+// The nearest of 0, 1, ..., top; ties go to even.
+MOEPACK_INLINE Vector nearest_code(Vector x, float top) {
+  x = x > 0.0f ? x : Vector{};
+  x = x < top ? x : all(top);
+  return (x + kRound) - kRound;
+}
+
+// The nearest of some ascending levels, of two as near the upper. A number of steps that is fixed is
+// unrolled; those that are not there are out of reach.
+struct Levels {
+  static constexpr int kSteps = MOEPACK_MOST_LEVELS - 1;
+  explicit Levels(const moepack_levels& levels) : lowest(levels.level[0]) {
+    for (int i = 0; i < kSteps; ++i) {
+      bool there = i + 1 < levels.count;
+      middle[i] = there ? (levels.level[i] + levels.level[i + 1]) / 2 : INFINITY;
+      rise[i] = there ? levels.level[i + 1] - levels.level[i] : 0.0f;
+    }
+  }
+  float lowest, middle[kSteps], rise[kSteps];
+
+  MOEPACK_INLINE Vector nearest(Vector x) const {
+    Vector level = all(lowest);
+    for (int i = 0; i < kSteps; ++i) level += x >= middle[i] ? all(rise[i]) : Vector{};
+    return level;
+  }
+  MOEPACK_INLINE Vector code(Vector x) const {
+    Vector code{};
+    for (int i = 0; i < kSteps; ++i) code += x >= middle[i] ? all(1.0f) : Vector{};
+    return code;
+  }
+};
+
+template <bool MEASURED, bool SQUARES>
+void code_sums_of(const moepack_groups& groups, const moepack_grid& grid, float* q, float* qq,
+                  float* qw) {
+  each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = groups.count - first;
+    auto inverse = load_lanes<whole>(grid.inverse + first, left);
+    auto zero = load_lanes<whole>(grid.zero + first, left);
+    Lanes16 sum{}, squares{}, products{};
+    for (int64_t i = 0; i < groups.size; ++i) {
+      int64_t at = i * groups.count + first;
+      auto weight = load_lanes<whole>(groups.weights + at, left);
+      Lanes16 measure{};
+      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
+      for (int k = 0; k < kVectors; ++k) {
+        Vector code = nearest_code(weight.v[k] * inverse.v[k] + zero.v[k], grid.top);
+        Vector counted = MEASURED ? code * measure.v[k] : code;
+        sum.v[k] += counted;
+        if (!SQUARES) continue;
+        squares.v[k] += counted * code;
+        products.v[k] += counted * weight.v[k];
+      }
+    }
+    store_lanes<whole>(q + first, sum, left);
+    if (!SQUARES) return;
+    store_lanes<whole>(qq + first, squares, left);
+    store_lanes<whole>(qw + first, products, left);
+  });
+}
+
+void code_sums(const moepack_groups& groups, const moepack_grid& grid, float* q, float* qq,
+               float* qw) {
+  if (groups.measure)
+    qq ? code_sums_of<true, true>(groups, grid, q, qq, qw)
+       : code_sums_of<true, false>(groups, grid, q, qq, qw);
+  else
+    qq ? code_sums_of<false, true>(groups, grid, q, qq, qw)
+       : code_sums_of<false, false>(groups, grid, q, qq, qw);
+}
+
+template <bool MEASURED>
+void squared_steps_of(const moepack_groups& groups, const moepack_grid& grid, float* lost) {
+  each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = groups.count - first;
+    auto inverse = load_lanes<whole>(grid.inverse + first, left);
+    auto zero = load_lanes<whole>(grid.zero + first, left);
+    Lanes16 sum{};
+    for (int64_t i = 0; i < groups.size; ++i) {
+      int64_t at = i * groups.count + first;
+      auto weight = load_lanes<whole>(groups.weights + at, left);
+      Lanes16 measure{};
+      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
+      for (int k = 0; k < kVectors; ++k) {
+        Vector wanted = weight.v[k] * inverse.v[k] + zero.v[k];
+        Vector residual = wanted - nearest_code(wanted, grid.top);
+        Vector squared = residual * residual;
+        sum.v[k] += MEASURED ? squared * measure.v[k] : squared;
+      }
+    }
+    store_lanes<whole>(lost + first, sum, left);
+  });
+}
+
+void squared_steps(const moepack_groups& groups, const moepack_grid& grid, float* lost) {
+  groups.measure ? squared_steps_of<true>(groups, grid, lost)
+                 : squared_steps_of<false>(groups, grid, lost);
+}
+
+template <bool MEASURED>
+void level_sums_of(const moepack_groups& groups, const Levels& levels, const float* inverses,
+                   float* qw, float* qq) {
+  each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = groups.count - first;
+    auto inverse = load_lanes<whole>(inverses + first, left);
+    Lanes16 squares{}, products{};
+    for (int64_t i = 0; i < groups.size; ++i) {
+      int64_t at = i * groups.count + first;
+      auto weight = load_lanes<whole>(groups.weights + at, left);
+      Lanes16 measure{};
+      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
+      for (int k = 0; k < kVectors; ++k) {
+        Vector level = levels.nearest(weight.v[k] * inverse.v[k]);
+        Vector counted = MEASURED ? level * measure.v[k] : level;
+        products.v[k] += counted * weight.v[k];
+        squares.v[k] += counted * level;
+      }
+    }
+    store_lanes<whole>(qw + first, products, left);
+    store_lanes<whole>(qq + first, squares, left);
+  });
+}
+
+void level_sums(const moepack_groups& groups, const moepack_levels& levels, const float* inverse,
+                float* qw, float* qq) {
+  Levels found(levels);
+  groups.measure ? level_sums_of<true>(groups, found, inverse, qw, qq)
+                 : level_sums_of<false>(groups, found, inverse, qw, qq);
+}
+
+// `round` finds the codes of a column, and the values that they stand for.
+template <bool WHOLE, class Round>
+MOEPACK_INLINE void feed_back_lanes(const moepack_columns& x, int64_t first, Round round) {
+  int64_t left = x.rows - first;
+  Lanes16 weights[MOEPACK_MOST_GROUP];
+  for (int64_t i = 0; i < x.size; ++i)
+    weights[i] = load_lanes<WHOLE>(x.weights + i * x.rows + first, left);
+  for (int64_t i = 0; i < x.size; ++i) {
+    const float* upper = x.upper + i * x.stride;
+    Lanes16 code, error;
+    for (int k = 0; k < kVectors; ++k) {
+      Vector value = round(weights[i].v[k], k, code.v[k]);
+      error.v[k] = (weights[i].v[k] - value) / upper[i];
+    }
+    for (int64_t later = i + 1; later < x.size; ++later)
+      for (int k = 0; k < kVectors; ++k) weights[later].v[k] -= error.v[k] * upper[later];
+    store_lanes<WHOLE>(x.errors + i * x.rows + first, error, left);
+    float codes[kLanes];
+    memcpy(codes, &code, sizeof codes);
+    uint8_t* out = x.codes + i * x.rows + first;
+    for (int64_t j = 0; j < (WHOLE ? kLanes : left); ++j) out[j] = static_cast<uint8_t>(codes[j]);
+  }
+}
+
+void feed_back(const moepack_columns& x) {
+  each_lanes(x.rows, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = x.rows - first;
+    auto inverse = load_lanes<whole>(x.inverse + first, left);
+    auto step = load_lanes<whole>(x.step + first, left);
+    if (x.levels) {
+      Levels levels(*x.levels);
+      feed_back_lanes<whole>(x, first, [&](Vector w, int k, Vector& code) MOEPACK_LAMBDA {
+        Vector scaled = w * inverse.v[k];
+        code = step.v[k] != 0.0f ? levels.code(scaled) : Vector{};
+        return levels.nearest(scaled) * step.v[k];
+      });
+    } else {
+      auto minimum = load_lanes<whole>(x.minimum + first, left);
+      feed_back_lanes<whole>(x, first, [&](Vector w, int k, Vector& code) MOEPACK_LAMBDA {
+        code = nearest_code((w + minimum.v[k]) * inverse.v[k], x.top);
+        code = step.v[k] != 0.0f ? code : Vector{};
+        return code * step.v[k] - minimum.v[k];
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace moepack

@@ -13,7 +13,7 @@ import wrapt
 
 from moepack_formats.errors import MoepackError
 from moepack_runtime.options import options
-from moepack_runtime.register import register
+from moepack_runtime.plugin.register import register
 
 __version__: str
 

@@ -284,7 +284,7 @@ def packed_nbytes_per_token(model: Any, demands_per_token: float) -> float:
         model: A loaded pack.
         demands_per_token: Experts that a token goes through, all layers together.
     """
-    from moepack_runtime.packed_modules import PackedLinear, TiedHead
+    from moepack_runtime.trunk.packed_modules import PackedLinear, TiedHead
 
     trunk = 0
     for module in model.modules():

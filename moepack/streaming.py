@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepack.convert.checkpoint import Checkpoint
-from moepack.convert.mapping import WeightMapping
 from moepack.convert.meta_model import build_meta_model, stored_dtype
+from moepack.convert.sources.checkpoint import Checkpoint
+from moepack.convert.sources.mapping import WeightMapping
 from moepack.layer_stops import BatchThread, HandOver
 from moepack_formats.errors import UsageError
 from moepack_runtime.experts import (

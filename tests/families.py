@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
-from moepack_runtime.auto_class import auto_class_of
 from moepack_runtime.experts import Compute, ExpertsAdapter, is_decorated
+from moepack_runtime.plugin.auto_class import auto_class_of
 from tests.more_families import LATENT_ATTENTION, MORE_FAMILIES, small_config
 
 _COMMON: dict[str, Any] = {

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moepack.convert.checkpoint import open_checkpoint
 from moepack.convert.options import ConvertOptions
 from moepack.convert.plan import make_plan
 from moepack.convert.run import convert
+from moepack.convert.sources.checkpoint import open_checkpoint
 from moepack_formats.manifest import Manifest
 from moepack_runtime.kernels.reference import decode_projection
-from moepack_runtime.packed_modules import PackedEmbedding, PackedLinear
+from moepack_runtime.trunk.packed_modules import PackedEmbedding, PackedLinear
 from tests import families
 
 

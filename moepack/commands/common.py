@@ -220,12 +220,12 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     if not more.get("compile"):  # which needs torch's compiler
-        from moepack_runtime.lean_imports import import_transformers
+        from moepack_runtime.lean_imports.lean_transformers import import_transformers
 
         import_transformers()
     from moepack_runtime.gpu.tier import on_cpu
     from moepack_runtime.loading import load_pack
-    from moepack_runtime.trace import most_used, read_trace
+    from moepack_runtime.trace.trace_file import most_used, read_trace
 
     if on_cpu(RuntimeOptions(device=more["device"], link=more.get("link"))):
         _refuse_gpu_options()
@@ -277,7 +277,7 @@ def _refuse_gpu_options() -> None:
 
 def is_mapped(model: Any) -> bool:
     """Whether a loaded pack's records are mapped files."""
-    from moepack_runtime.mapped import MappedRecords
+    from moepack_runtime.cache.mapped import MappedRecords
 
     return isinstance(model.moepack.residency, MappedRecords)
 

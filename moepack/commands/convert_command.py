@@ -91,11 +91,11 @@ def command(
     """
     set_up(verbose)
     from moepack.convert.calibrated import calibration_ids, check_calibration
-    from moepack.convert.checkpoint import open_checkpoint
     from moepack.convert.options import ConvertOptions
     from moepack.convert.output_folder import STAGE_NAME, check_usable
     from moepack.convert.plan import make_plan
     from moepack.convert.run import convert
+    from moepack.convert.sources.checkpoint import open_checkpoint
 
     if scheme is not None:
         refuse_with("--scheme", "mix", "expert_bits")
@@ -178,7 +178,7 @@ class _Bar:
 
 
 def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
-    from moepack_runtime.disk import free_nbytes
+    from moepack_runtime.disk.room import free_nbytes
 
     sizes = plan.sizes
     experts = sum(layer.num_experts for layer in plan.layers)
@@ -207,7 +207,7 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
 
 
 def _disk(plan: ConversionPlan, out: Path) -> str:
-    from moepack_runtime.disk import free_nbytes
+    from moepack_runtime.disk.room import free_nbytes
 
     staged = plan.checkpoint.staged_nbytes
     needed = f"{format_size(plan.nbytes + staged)} needed"

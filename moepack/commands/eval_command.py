@@ -177,7 +177,7 @@ def _compare(model: Any, ids: Tensor, source: str) -> Scores:
 
     from tqdm import tqdm
 
-    from moepack.convert.checkpoint import open_checkpoint
+    from moepack.convert.sources.checkpoint import open_checkpoint
     from moepack.divergence import compare
     from moepack.perplexity import window_length, windows
     from moepack.streaming import StreamedModel

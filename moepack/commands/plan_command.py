@@ -63,7 +63,6 @@ def command(
     Where none fits, the figures are printed all the same, and what is missing (exit code 5).
     """
     set_up(verbose)
-    from moepack.convert.checkpoint import source_config
     from moepack.convert.sizing import (
         Machine,
         best,
@@ -73,9 +72,10 @@ def command(
         recipes,
         sizes_of,
     )
-    from moepack_runtime.disk import free_nbytes
-    from moepack_runtime.memory import default_budget
-    from moepack_runtime.residency import fixed_nbytes
+    from moepack.convert.sources.checkpoint import source_config
+    from moepack_runtime.cache.residency import fixed_nbytes
+    from moepack_runtime.disk.room import free_nbytes
+    from moepack_runtime.memory.available import default_budget
 
     sizes = sizes_of(source_config(src, revision=revision), attn_bits=attn_bits, context=context)
     machine = Machine(

@@ -70,7 +70,7 @@ def _serve(
     # Ahead of the server's own imports, which would bring in all of transformers; and they come
     # before the model, so that the memory they take is not given to experts.
     if not runtime["compile"]:
-        from moepack_runtime.lean_imports import import_transformers
+        from moepack_runtime.lean_imports.lean_transformers import import_transformers
 
         import_transformers()
     import uvicorn

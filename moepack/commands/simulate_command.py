@@ -16,8 +16,8 @@ from .common import common_options, print_json, set_up
 from .types import FiniteRange
 
 if TYPE_CHECKING:
-    from moepack_runtime.simulate import Outcome, Simulator
-    from moepack_runtime.trace import Trace
+    from moepack_runtime.simulate.simulator import Outcome, Simulator
+    from moepack_runtime.trace.trace_file import Trace
 
 
 def _words(_: click.Context, __: click.Parameter, value: str | None) -> list[str]:
@@ -85,8 +85,8 @@ def command(
     budgets = list(_budgets(slots, ram))
     if not policy:
         raise UsageError("no policy", wanted=", ".join(policy_names()))
-    from moepack_runtime.simulate import Setting, Simulator, slots_of
-    from moepack_runtime.trace import most_used, read_trace
+    from moepack_runtime.simulate.simulator import Setting, Simulator, slots_of
+    from moepack_runtime.trace.trace_file import most_used, read_trace
 
     read = read_trace(trace)
     pins = most_used(read_trace(pin)) if pin is not None else ()
@@ -128,7 +128,7 @@ def _speeds(outcome: Outcome, speed: Speed) -> tuple[float, float] | None:
 
 
 def _json(trace: Trace, outcomes: Sequence[Outcome], speed: Speed) -> dict[str, Any]:
-    from moepack_runtime.simulate import recall
+    from moepack_runtime.simulate.simulator import recall
 
     results = []
     for outcome in outcomes:
@@ -176,8 +176,8 @@ def _print(trace: Trace, outcomes: Sequence[Outcome], speed: Speed) -> None:
 def _plot(
     folder: Path, trace: Trace, simulator: Simulator, policies: Sequence[str], scope: str
 ) -> None:
-    from moepack_runtime.simulate import Setting, recall, slots_of
-    from moepack_runtime.simulate_plot import plot_hits, plot_recall, sizes_to_plot
+    from moepack_runtime.simulate.plot import plot_hits, plot_recall, sizes_to_plot
+    from moepack_runtime.simulate.simulator import Setting, recall, slots_of
 
     sizes = sizes_to_plot(trace.info)
     hits = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moepack_formats.pack import Pack
-    from moepack_runtime.trace import TraceInfo, TraceWriter
+    from moepack_runtime.trace.trace_file import TraceInfo, TraceWriter
 
 MAX_AHEAD = 64
 """Each is a column of the file, and of the last there are no guesses in most models."""
@@ -69,7 +69,7 @@ def command(
     content = read_text(text)
     if out.exists() and out.samefile(text):
         raise UsageError("the trace would take the place of the text", where=out)
-    from moepack_runtime.trace import TraceWriter
+    from moepack_runtime.trace.trace_file import TraceWriter
 
     writer = TraceWriter(out, ahead)
     try:
@@ -112,7 +112,7 @@ def _record(model: Any, ids: Tensor, ahead: int, writer: TraceWriter) -> tuple[i
     from tqdm import tqdm
 
     from moepack.perplexity import window_length, windows
-    from moepack_runtime.trace_recorder import RoutingRecorder
+    from moepack_runtime.trace.recorder import RoutingRecorder
 
     tokens = top_k = 0
     runs = list(windows(ids, window_length(model)))
@@ -133,7 +133,7 @@ def _record(model: Any, ids: Tensor, ahead: int, writer: TraceWriter) -> tuple[i
 
 
 def _info(model: Any, ids: Tensor, ahead: int, top_k: int) -> TraceInfo:
-    from moepack_runtime.trace import TraceInfo
+    from moepack_runtime.trace.trace_file import TraceInfo
 
     runtime = model.moepack
     manifest = (runtime.pack.folder / MANIFEST_NAME).read_bytes()
@@ -168,7 +168,7 @@ def _disk_mbps(pack: Pack) -> float | None:
 
     What the page cache gives is not recorded in its place: `moepack simulate` would promise it.
     """
-    from moepack_runtime.calibrate import read_speed
+    from moepack_runtime.disk.reads_at_once import read_speed
 
     records = [at for layer in pack.layers for at in layer]
     try:

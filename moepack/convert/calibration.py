@@ -30,7 +30,7 @@ from moepack.streaming import StreamedModel
 from moepack_formats import osio
 from moepack_runtime.experts import ExpertsAdapter
 
-from .mapping import WeightMapping
+from .sources.mapping import WeightMapping
 
 FOLDER_NAME = ".moepack-calibration"
 _SUMMARY = "summary.json"

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moepack.convert.checkpoint import Checkpoint
-from moepack.convert.model_types import known_as
+from moepack.convert.sources.checkpoint import Checkpoint
+from moepack.convert.sources.model_types import known_as
 from moepack_formats.errors import UsageError
-from moepack_runtime.auto_class import auto_class_of
-from moepack_runtime.config_guard import without_references
 from moepack_runtime.experts import supported_experts
+from moepack_runtime.plugin.auto_class import auto_class_of
+from moepack_runtime.plugin.config_guard import without_references
 
 
 def build_meta_model(

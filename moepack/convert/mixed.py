@@ -32,7 +32,7 @@ from moepack_runtime.options import format_size
 
 from .calibration import Calibration, ExpertInputs, inner_activations
 from .knapsack import Floats, Ints, choose
-from .mapping import WeightMapping
+from .sources.mapping import WeightMapping
 
 CANDIDATES = ("q2g64", "q2g16s4", "q3g16s5", "q4g64")
 """Schemes to choose from, for each half of a record."""

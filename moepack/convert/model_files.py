@@ -11,8 +11,8 @@ from typing import Any
 
 from moepack_formats import FORMAT_VERSION, osio
 from moepack_formats.errors import FormatError
-from moepack_runtime.config_guard import allowed_config, without_references
-from moepack_runtime.pack_config import BASE_MODEL_TYPE_KEY, MODEL_TYPE
+from moepack_runtime.plugin.config_guard import allowed_config, without_references
+from moepack_runtime.plugin.pack_config import BASE_MODEL_TYPE_KEY, MODEL_TYPE
 
 from .plan import ConversionPlan
 

@@ -19,10 +19,10 @@ from moepack_formats.tensor_file import TensorPlan
 from moepack_runtime.experts import ExpertsAdapter
 from moepack_runtime.options import format_size
 
-from .checkpoint import Checkpoint
-from .mapping import Target, WeightMapping
 from .meta_model import build_meta_model
 from .options import RAW_SCHEMES, ConvertOptions, scheme_of_bits
+from .sources.checkpoint import Checkpoint
+from .sources.mapping import Target, WeightMapping
 from .trunk_policy import KeptLinear, TrunkPolicy, has_tied_head, head_policy, trunk_policy
 
 SAFETENSORS_DTYPES = {

@@ -37,7 +37,7 @@ from moepack_formats.record import Part, pack_record
 from moepack_formats.schemes import DEFAULT_SCHEME, SCHEMES, get_scheme
 from moepack_formats.tiles import Bytes
 from moepack_formats.writer import TensorFileWriter
-from moepack_runtime.disk import check_space
+from moepack_runtime.disk.room import check_space
 
 from .calibrated import (
     calibrate,

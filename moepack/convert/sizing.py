@@ -23,9 +23,9 @@ from moepack_formats import osio
 from moepack_formats.errors import ResourceError, UsageError
 from moepack_formats.record import plan_record
 from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
-from moepack_runtime.context_memory import context_nbytes, context_tokens
 from moepack_runtime.experts import find_experts
 from moepack_runtime.gpu.tier import WORK_SHARE
+from moepack_runtime.memory.context_memory import context_nbytes, context_tokens
 from moepack_runtime.options import format_size
 
 from .meta_model import build_meta_model

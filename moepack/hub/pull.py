@@ -23,7 +23,7 @@ from moepack_formats.errors import (
 from moepack_formats.manifest import MANIFEST_NAME, FileEntry
 from moepack_formats.pack import PULL_NAME, read_manifest
 from moepack_formats.paths import resolve_inside
-from moepack_runtime.disk import check_space
+from moepack_runtime.disk.room import check_space
 from moepack_runtime.hub.fetch import fetch_file, is_right, remove_unfinished
 from moepack_runtime.hub.listing import PackListing, layer_files, list_pack
 from moepack_runtime.hub.progress import TransferProgress

@@ -104,9 +104,9 @@ class Panel:
     def code_sum(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
         """Sum ``[N]`` of these codes."""
         if native.available():
-            return native.code_sums(
-                self.weights, self.measure, inverse, zero, top, squares=False
-            )[0]
+            return native.code_sums(self.weights, self.measure, inverse, zero, top, squares=False)[
+                0
+            ]
         return self.total(self.codes(inverse, zero, top))
 
     def moments(self, inverse: Tensor, zero: Tensor, top: int) -> Moments:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
-from .arena import zeros_in_huge_pages
-from .cache_bias import CacheBias
+from .cache.arena import zeros_in_huge_pages
+from .cache.mapped import MappedRecords
+from .cache.residency import Residency
 from .experts import Compute, ExpertsAdapter
 from .kernels import Engine, FusedExperts
-from .mapped import MappedRecords
-from .prefetch import Speculator
-from .residency import Residency
+from .prefetch.guesses import Speculator
+from .routing.cache_bias import CacheBias
 from .statistics import Statistics
 
 Watcher = Callable[[int, Tensor, Tensor], None]

@@ -16,12 +16,12 @@ from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.pack import read_manifest
 from moepack_formats.paths import resolve_inside
 
-from . import plugin
-from .auto_class import auto_class_of
 from .gpu.tier import resolve_device
 from .hub.locate import locate_pack
 from .options import options
-from .pack_config import BASE_MODEL_TYPE_KEY
+from .plugin import quantizer
+from .plugin.auto_class import auto_class_of
+from .plugin.pack_config import BASE_MODEL_TYPE_KEY
 
 
 def load_pack(
@@ -55,7 +55,7 @@ def load_pack(
     for name in ("config.json", *read_manifest(path).trunk_files):
         os.close(osio.open_regular(resolve_inside(path, name)))
     auto_class = _auto_class(path)
-    plugin.model_is_built.set(False)
+    quantizer.model_is_built.set(False)
     try:
         with options(**changes) as chosen:
             dtype = dtype or chosen.dtype or _usual_dtype(resolve_device(chosen))
@@ -64,7 +64,7 @@ def load_pack(
                     path, dtype=dtype, local_files_only=True, trust_remote_code=False
                 )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if plugin.model_is_built.get():  # a defect of ours or of transformers, not the config's
+        if quantizer.model_is_built.get():  # a defect of ours or of transformers, not the config's
             raise
         raise FormatError(
             "transformers cannot build the model that config.json describes",

@@ -48,7 +48,7 @@ class RuntimeOptions:
         policy: Which cached expert gives way: a file in ``policies``.
         scope: ``global`` when all layers share the slots, ``layer`` when each has an equal part.
         pins: Experts that stay once they were read, the most wanted first; they fill at most half
-            of the slots. :func:`moepack_runtime.trace.most_used` finds them in a trace.
+            of the slots. :func:`moepack_runtime.trace.trace_file.most_used` finds them in a trace.
         cache_bias: How much routing is nudged towards resident experts, as a share of the spread
             of a token's router scores; not 0 changes what the model says.
         io_threads: Threads that read; None for as many as the disk was measured to need.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moepack_formats.osio import set_direct
 from moepack_formats.pack import Pack
-from moepack_runtime.calibrate import read_speed
+from moepack_runtime.disk.reads_at_once import read_speed
 
 
 class Disk:

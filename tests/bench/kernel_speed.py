@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moepack_formats.record import plan_record
 from moepack_formats.schemes import SCHEMES, get_scheme
-from moepack_runtime.arena import Arena
+from moepack_runtime.cache.arena import Arena
 from moepack_runtime.kernels import native
 
 SPREAD = 256 << 20

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from moepack_runtime.lean_imports import import_transformers
+from moepack_runtime.lean_imports.lean_transformers import import_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import_transformers()  # as the command line does
 
 from moepack_formats.pack import Pack  # noqa: E402
 from moepack_runtime.loading import load_pack  # noqa: E402
-from moepack_runtime.memory import own_nbytes  # noqa: E402
+from moepack_runtime.memory.available import own_nbytes  # noqa: E402
 from moepack_runtime.options import parse_size  # noqa: E402
 from tests.bench.disk import Disk  # noqa: E402
 

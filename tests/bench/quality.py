@@ -36,9 +36,9 @@ import quality_report
 
 from moepack.convert import mixed
 from moepack.convert.calibration import Calibration, record
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.mapping import WeightMapping
 from moepack.convert.meta_model import build_meta_model, stored_dtype
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.mapping import WeightMapping
 from moepack.divergence import Scores
 from moepack.perplexity import window_length, windows
 from moepack.quant import InputAwareQuantizer, get_quantizer, quantize_matrix

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from moepack.commands.pull_command import parse_layers
-from moepack.convert.shard_stage import Schedule, Span
+from moepack.convert.sources.shard_stage import Schedule, Span
 from moepack.hub.card import model_card
 from moepack_formats.errors import NetworkError, ResourceError, UsageError
 from moepack_formats.manifest import FORMAT_NAME, Manifest, Recipe, Sizes, Source

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from moepack.convert.shard_stage import Schedule, ShardStage, Span
+from moepack.convert.sources.shard_stage import Schedule, ShardStage, Span
 from moepack_runtime.hub.remote import RemoteFile
 
 NBYTES = 64

@@ -220,7 +220,7 @@ def interrupt_loading() -> None:
     def interrupt(_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    moepack_runtime.plugin.check_trunk = interrupt  # type: ignore[assignment]
+    moepack_runtime.plugin.quantizer.check_trunk = interrupt  # type: ignore[assignment]
 
 
 def test_interrupted_reply_of_a_conversation(pack: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_reads_that_fall_short(
 def test_a_record_that_cannot_be_read(
     command: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moepack_runtime import record_reader
+    from moepack_runtime.disk import record_reader
 
     real = record_reader.osio.read_at
 

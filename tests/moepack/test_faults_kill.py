@@ -118,7 +118,7 @@ def test_killed_from_outside(
 
 TIDYING = {
     "calibration": "moepack.convert.run.forget",
-    "source": "moepack.convert.folder_source.FolderCheckpoint.clear",
+    "source": "moepack.convert.sources.folder_source.FolderCheckpoint.clear",
     "journal": "moepack.convert.run.Journal.remove",
 }
 

@@ -74,4 +74,4 @@ def test_the_default_budget_knows_the_group(pack: Path) -> None:
         assert 10 << 20 < int(done.stdout) < 120 << 20
 
 
-DEFAULT = "from moepack_runtime.memory import default_budget; print(default_budget())"
+DEFAULT = "from moepack_runtime.memory.available import default_budget; print(default_budget())"

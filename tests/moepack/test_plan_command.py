@@ -14,8 +14,8 @@ from moepack.cli import run
 from moepack.convert.meta_model import build_meta_model
 from moepack.convert.sizing import RECIPES, Fit, Machine, best, lacking, recipes, sizes_of
 from moepack_formats.schemes import SCHEMES
+from moepack_runtime.cache.residency import fixed_nbytes
 from moepack_runtime.loading import load_pack
-from moepack_runtime.residency import fixed_nbytes
 from tests import families
 from tests.commands import Command
 from tests.packs import make_pack
@@ -135,7 +135,7 @@ def test_the_room_is_what_generate_gets(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme, process = "q3g16s5", 300 << 20
-    monkeypatch.setattr("moepack_runtime.residency.own_nbytes", lambda: process)
+    monkeypatch.setattr("moepack_runtime.cache.residency.own_nbytes", lambda: process)
     make_pack(TINY, tmp_path, scheme=scheme, quantizer="rtn")
     sizes, fixed = sizes_of(CONFIG), fixed_nbytes()
     ram = int(fixed + sizes.trunk_ram_nbytes + share * sizes.record_nbytes[scheme])
@@ -174,7 +174,7 @@ def test_the_context_is_shown_where_it_takes_gpu_memory(tmp_path: Path, command:
 def test_only_the_config_is_needed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moepack_runtime.residency.fixed_nbytes", lambda: 0)
+    monkeypatch.setattr("moepack_runtime.cache.residency.fixed_nbytes", lambda: 0)
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(TINY / "config.json", source)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepack.convert.checkpoint import open_checkpoint
+from moepack.convert.sources.checkpoint import open_checkpoint
 from moepack.streaming import StreamedModel
 from tests import families
 

@@ -16,8 +16,8 @@ from moepack_formats.errors import UsageError
 from moepack_runtime.gpu.simulated_link import LinkSpec
 from moepack_runtime.loading import load_pack
 from moepack_runtime.policies import policy_names
-from moepack_runtime.trace import read_trace
-from moepack_runtime.trace_recorder import RoutingRecorder
+from moepack_runtime.trace.recorder import RoutingRecorder
+from moepack_runtime.trace.trace_file import read_trace
 from tests.commands import ASSETS, Command
 
 TEXT = ASSETS / "text" / "tiny-moe-valid.txt"

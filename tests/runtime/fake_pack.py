@@ -13,9 +13,9 @@ import pytest
 from moepack_formats import checksum
 from moepack_formats.layer import RecordLocation
 from moepack_formats.record import RecordSpec, plan_record
-from moepack_runtime import slot_cache
+from moepack_runtime.cache import slot_cache
+from moepack_runtime.cache.slot_cache import SlotCache
 from moepack_runtime.options import RuntimeOptions
-from moepack_runtime.slot_cache import SlotCache
 from moepack_runtime.statistics import Statistics
 from tests.runtime.stepped_io import SteppedPool
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from moepack_formats.pack import Pack
-from moepack_runtime.trace import Routing, Trace, TraceInfo
-from moepack_runtime.trace_recorder import RoutingRecorder
+from moepack_runtime.trace.recorder import RoutingRecorder
+from moepack_runtime.trace.trace_file import Routing, Trace, TraceInfo
 
 
 def info_of(pack: Pack, top_k: int = 2, ahead: int = 0) -> TraceInfo:

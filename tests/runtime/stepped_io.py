@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moepack_runtime import io_pool
-from moepack_runtime.io_pool import IoPool, Read
+from moepack_runtime.disk import io_pool
+from moepack_runtime.disk.io_pool import IoPool, Read
 
 
 class SteppedPool(IoPool):

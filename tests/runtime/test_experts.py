@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.mapping import WeightMapping, build_meta_model
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.mapping import WeightMapping, build_meta_model
 from moepack_formats.errors import UsageError
 from moepack_runtime.experts import (
     IMPLEMENTATION,

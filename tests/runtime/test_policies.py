@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack_formats.errors import UsageError
-from moepack_runtime.cache_policy import PINNED_SHARE, PerLayer, Pinned, make_policy
+from moepack_runtime.cache.layer_policies import PINNED_SHARE, PerLayer, Pinned, make_policy
 from moepack_runtime.loading import load_pack
 from moepack_runtime.options import SCOPES, RuntimeOptions
 from moepack_runtime.policies import (
@@ -25,8 +25,8 @@ from moepack_runtime.policies import (
     get_policy,
     policy_names,
 )
-from moepack_runtime.simulate import Setting, Simulator
-from moepack_runtime.trace import Routing, Trace, TraceInfo
+from moepack_runtime.simulate.simulator import Setting, Simulator
+from moepack_runtime.trace.trace_file import Routing, Trace, TraceInfo
 
 NAMES = policy_names()
 ONLINE = [name for name in NAMES if not isinstance(get_policy(name)(), Offline)]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moepack_formats.layer import RecordLocation
 
+from ..cache.residency import Residency
 from ..experts import ExpertsAdapter
 from ..kernels import Engine, FusedExperts
-from ..residency import Residency
 from ..statistics import Statistics
 from .helper import CpuHelper
 from .link import Link

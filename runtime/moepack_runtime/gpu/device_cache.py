@@ -20,9 +20,9 @@ from torch import Tensor
 from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
 
+from ..cache.slot_cache import record_sizes
 from ..options import format_size
 from ..policies import Key
-from ..slot_cache import record_sizes
 from ..statistics import Statistics
 from .device_residency import DeviceResidency
 from .device_slots import DeviceEntry, DeviceSlots, share_out
@@ -56,7 +56,7 @@ class _Copied:
 
 
 class DeviceCache(DeviceResidency):
-    """A cache of records in GPU memory, see :class:`moepack_runtime.residency.Residency`.
+    """A cache of records in GPU memory, see :class:`moepack_runtime.cache.residency.Residency`.
 
     What is yielded may be read by kernels that are queued before the next turn is asked for.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class DeviceResidency:
-    """The parts of :class:`moepack_runtime.residency.Residency` that only host memory needs."""
+    """What of :class:`~moepack_runtime.cache.residency.Residency` only host memory needs."""
 
     lookahead = 1
 

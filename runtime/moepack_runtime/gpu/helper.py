@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moepack_formats.pack import Pack
 
+from ..cache.residency import Residency
 from ..experts import ExpertsAdapter
 from ..kernels import Engine, FusedExperts
-from ..residency import Residency
 from ..statistics import Statistics
 from .device_cache import DeviceCache
 from .hybrid import Costs

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moepack_formats.errors import ResourceError
 
+from ..cache.residency import Residency
 from ..policies import Key
-from ..residency import Residency
 from .link import Event, Link
 
 MAX_HELD = 16

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import ExpertsAdapter
-from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from ..trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .compute import DeviceCompute
 
 _numbers = itertools.count()

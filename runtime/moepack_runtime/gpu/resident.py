@@ -10,15 +10,15 @@ from torch import Tensor
 from moepack_formats.errors import ResourceError
 from moepack_formats.pack import Pack
 
+from ..cache.residency import Residency
 from ..options import format_size
-from ..residency import Residency
 from ..statistics import Statistics
 from .device_residency import DeviceResidency
 from .link import Link
 
 
 class ResidentRecords(DeviceResidency):
-    """See :class:`moepack_runtime.residency.Residency`.
+    """See :class:`moepack_runtime.cache.residency.Residency`.
 
     Args:
         pack: An open pack.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..prefetch import Speculator
+from ..prefetch.guesses import Speculator
 
 
 class DeviceSpeculator(Speculator):

@@ -11,11 +11,11 @@ import torch
 from moepack_formats.errors import ResourceError, UsageError
 from moepack_formats.pack import Pack
 
+from ..cache.residency import Residency, open_budget, open_residency
+from ..cache.slot_cache import SlotCache, record_sizes
 from ..experts import ExpertsAdapter
 from ..kernels import select
 from ..options import GPU_OPTIONS, RuntimeOptions, format_size
-from ..residency import Residency, open_budget, open_residency
-from ..slot_cache import SlotCache, record_sizes
 from ..statistics import Statistics
 from .device_cache import CacheOptions, DeviceCache
 from .helper import CpuHelper

@@ -31,7 +31,7 @@ class _Moved:
 
 
 class WholeLayers(DeviceResidency):
-    """See :class:`moepack_runtime.residency.Residency`.
+    """See :class:`moepack_runtime.cache.residency.Residency`.
 
     Two buffers of a layer take turns: while one layer computes, the next one can be copied.
 

@@ -12,7 +12,7 @@ from moepack_formats.errors import FormatError, IntegrityError, MoepackError, Ne
 from moepack_formats.manifest import MANIFEST_NAME, Manifest
 from moepack_formats.pack import read_manifest
 
-from ..disk import check_space
+from ..disk.room import check_space
 from .errors import UnreachableError, status_behind
 from .fetch import fetch_file, is_right
 from .listing import list_pack

@@ -1,8 +1,8 @@
 """What quantizers compute of every weight, by the native library.
 
-Groups of weights lie side by side, one to a column. A call runs on the calling thread alone, without
-the GIL, and gives the same bits on every instruction set. ``moepack.quant`` does the same with torch
-where there is no library.
+Groups of weights lie side by side, one to a column. A call runs on the calling thread alone,
+without the GIL, and gives the same bits on every instruction set. ``moepack.quant`` does the same
+with torch where there is no library.
 
 Shape letters: g weights in a group, N groups, R rows.
 """
@@ -61,9 +61,7 @@ def squared_steps(
     """Sums ``[N]`` of squared differences, in steps, from the nearest code; see ``code_sums``."""
     groups, grid = _groups(weights, measure), _grid(weights, inverse, zero, top)
     lost = torch.empty_like(inverse)
-    check(
-        loaded().moepack_squared_steps(ctypes.byref(groups), ctypes.byref(grid), lost.data_ptr())
-    )
+    check(loaded().moepack_squared_steps(ctypes.byref(groups), ctypes.byref(grid), lost.data_ptr()))
     return lost
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moepack_runtime.aged_scores import AgedScores
+from moepack_runtime.cache.aged_scores import AgedScores
 
 from . import Key
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..early_routers import Answers
 from ..experts_compute import ExpertsCompute
 from ..kernels.native_engine import NativeEngine
-from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
-from ..prefetch import Speculator
+from ..prefetch.early_routers import Answers
+from ..prefetch.guesses import Speculator
 from ..statistics import Statistics
+from ..trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .attention import recorded_attention
 from .caches import odd_kind, take_over
 from .kv import GrowingLayer

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from ..experts_compute import ExpertsCompute
 from ..kernels import native
 from ..kernels.native_engine import NativeEngine
-from ..packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from ..trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from .kv import GrowingLayer
 from .latent import read_off
 from .lower import Call, embedding_step, lower

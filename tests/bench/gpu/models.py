@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from moepack.speed import PackRunner
+from moepack_runtime.cache.slot_cache import record_sizes
 from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache
 from moepack_runtime.gpu.host_source import HostSource
 from moepack_runtime.gpu.link import Link
 from moepack_runtime.loading import load_pack
 from moepack_runtime.policies import policy_names
-from moepack_runtime.slot_cache import record_sizes
 from moepack_runtime.statistics import Statistics
 from tests.bench.gpu import kernels, offloading
 from tests.packs import make_pack

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moepack.convert.checkpoint import open_checkpoint
+from moepack.convert.sources.checkpoint import open_checkpoint
 from moepack_formats.errors import MoepackError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

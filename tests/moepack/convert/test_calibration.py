@@ -14,9 +14,9 @@ import torch
 from moepack.cli import run
 from moepack.convert import calibrated
 from moepack.convert.calibration import FOLDER_NAME, Calibration, inner_activations, record
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.mapping import WeightMapping
 from moepack.convert.meta_model import build_meta_model
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.mapping import WeightMapping
 from moepack_formats.errors import UsageError
 from moepack_formats.pack import Pack
 from tests import families

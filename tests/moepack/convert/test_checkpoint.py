@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepack.convert.checkpoint import Checkpoint, open_checkpoint
+from moepack.convert.sources.checkpoint import Checkpoint, open_checkpoint
 from moepack_formats.errors import IntegrityError, ResourceError, UsageError
 from tests.moepack.convert.checkpoints import (
     TENSORS,

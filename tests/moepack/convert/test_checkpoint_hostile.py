@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moepack.convert.checkpoint import open_checkpoint
+from moepack.convert.sources.checkpoint import open_checkpoint
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 from tests.moepack.convert.checkpoints import (
     SHA,

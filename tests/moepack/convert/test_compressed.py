@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.compressed import CompressedCheckpoint
-from moepack.convert.compressed_settings import parse_compressed
-from moepack.convert.folder_source import FolderCheckpoint
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.compressed import CompressedCheckpoint
+from moepack.convert.sources.compressed_settings import parse_compressed
+from moepack.convert.sources.folder_source import FolderCheckpoint
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 from tests.commands import Command
 from tests.moepack.convert.compressed_packer import (

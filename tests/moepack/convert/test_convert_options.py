@@ -13,7 +13,7 @@ from moepack_formats.manifest import Manifest
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.kernels.reference import decode_matrix
 from moepack_runtime.loading import load_pack
-from moepack_runtime.packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from moepack_runtime.trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead
 from tests import families
 from tests.commands import TINY, Command, hashes
 from tests.packs import make_pack, with_weights_of_pack
@@ -101,9 +101,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(source: Path, **options: Any) -> tuple[tuple[str, ...], int, float]:
     """Schemes, bytes and true bits of the experts of a plan; the bytes of all is its sum."""
-    from moepack.convert.checkpoint import open_checkpoint
     from moepack.convert.options import ConvertOptions
     from moepack.convert.plan import make_plan
+    from moepack.convert.sources.checkpoint import open_checkpoint
 
     plan = make_plan(open_checkpoint(str(source)), ConvertOptions(**options))
     return plan.expert_schemes, plan.nbytes, plan.sizes.expert_bits

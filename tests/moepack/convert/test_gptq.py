@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moepack.convert.bitstream import unpack_bits
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.gptq_codes import decode_zeros
-from moepack.convert.gptq_settings import GPTQSettings
+from moepack.convert.sources.bitstream import unpack_bits
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.gptq_codes import decode_zeros
+from moepack.convert.sources.gptq_settings import GPTQSettings
 from moepack_formats.errors import IntegrityError, MoepackError, UsageError
 
 ASSETS = Path(__file__).parents[2] / "assets" / "gptq"

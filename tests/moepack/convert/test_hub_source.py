@@ -10,9 +10,9 @@ import huggingface_hub.errors as hub
 import pytest
 import torch
 
-from moepack.convert import hub_source
-from moepack.convert.checkpoint import open_checkpoint
-from moepack.convert.folder_source import FolderCheckpoint
+from moepack.convert.sources import hub_source
+from moepack.convert.sources.checkpoint import open_checkpoint
+from moepack.convert.sources.folder_source import FolderCheckpoint
 from moepack_formats.errors import NetworkError, ResourceError, UsageError
 from tests.moepack.convert.checkpoints import (
     SHA,

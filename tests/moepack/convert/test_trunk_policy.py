@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moepack.convert.mapping import build_meta_model
+from moepack.convert.sources.mapping import build_meta_model
 from moepack.convert.trunk_policy import TrunkPolicy, trunk_policy
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.experts import find_experts

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from moepack.speed import PackRunner
 from moepack_formats.record import RecordSpec
-from moepack_runtime import plugin
 from moepack_runtime.experts import ExpertsAdapter
 from moepack_runtime.gpu.resident import ResidentRecords
 from moepack_runtime.kernels.reference import ReferenceEngine
 from moepack_runtime.loading import load_pack
 from moepack_runtime.options import RuntimeOptions
+from moepack_runtime.plugin import quantizer
 from moepack_runtime.prefix_reuse import PrefixReuse
 from tests import families
 from tests.packs import make_family_pack, make_pack
@@ -110,7 +110,7 @@ class _GroupedEngine(ReferenceEngine):
 def test_with_all_experts_there_a_token_is_one_graph(
     pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "select", lambda *_, **__: _GroupedEngine())
+    monkeypatch.setattr(quantizer, "select", lambda *_, **__: _GroupedEngine())
     plain, model = (loaded(pack, 2.0, compile=flag) for flag in (False, True))
     assert isinstance(model.moepack.residency, ResidentRecords)
     assert greedy(plain) == greedy(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepack_formats.errors import ResourceError, UsageError
+from moepack_runtime.cache.slot_cache import record_sizes
 from moepack_runtime.gpu.device_cache import DeviceCache
 from moepack_runtime.gpu.hybrid import Costs
 from moepack_runtime.gpu.pinning import PinnedMemory
@@ -21,7 +22,6 @@ from moepack_runtime.gpu.whole_layers import WholeLayers
 from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
 from moepack_runtime.options import RuntimeOptions
-from moepack_runtime.slot_cache import record_sizes
 from tests.runtime.fake_pack import EXPERTS, LAYERS
 from tests.runtime.gpu.test_device_cache import COPY, opened, use
 

@@ -1,0 +1,1 @@
+"""Importing transformers without what running a pack never uses."""

@@ -1,0 +1,1 @@
+"""Guessing the next layers' experts, and whether that pays."""

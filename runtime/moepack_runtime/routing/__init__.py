@@ -1,0 +1,1 @@
+"""Finding routers, and seeing or changing what they choose."""

@@ -1,0 +1,1 @@
+"""Routing traces: their file, and recording one."""

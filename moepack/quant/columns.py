@@ -1,40 +1,99 @@
-"""Codes of one column at a time, for error feedback: both kinds of grid.
+"""Rounding a group's columns one after the other, for error feedback: both kinds of grid.
 
 Shape letters: R rows, S cols of a span, g of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moepack_formats.schemes import Scheme
+from moepack_runtime.kernels import native_solver as native
 
 from . import hqq, signed
-from .grid import GroupedRows, Panel, invert
-from .signed import SignedPanel, SignedRows, best_move
+from .grid import GroupedRows, Groups, invert
+from .signed import SignedPanel, SignedRows
 from .storage import Stored
 from .superscale import NEIGHBOURS, best_neighbour
 from .walk import Fit
 
 
-class SpanGrid(Protocol):
-    """The scales of a span's rows, and how its columns are rounded to them."""
+@dataclass(frozen=True)
+class Rounding:
+    """What a group's columns are rounded to: ``[R]`` float32 each.
 
-    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> None:
-        """Go to a group, and move its stored scale and minimum to better neighbours.
+    Attributes:
+        step: Scale of each row; codes of a step of 0 are 0.
+        inverse: One over it, large and finite for 0.
+        minimum: A code stands for ``code * step - minimum``; None with levels.
+        top: The largest code.
+        levels: What codes stand for, in steps; None with minima.
+    """
+
+    step: Tensor
+    inverse: Tensor
+    minimum: Tensor | None
+    top: int
+    levels: Sequence[float] | None = None
+
+    def feed_back(self, weights: Tensor, upper: Tensor, codes: Tensor, errors: Tensor) -> None:
+        """Round the columns one after the other, the error of each fed to those after it.
+
+        Args:
+            weights: ``[g, R]`` float32; may be overwritten.
+            upper: ``[g, g]`` float32, the part of the factor that these columns have.
+            codes: ``[g, R]`` uint8, overwritten.
+            errors: ``[g, R]`` float32, overwritten: what is to be fed to later groups.
+        """
+        if native.available() and len(weights) <= native.MOST_GROUP:
+            native.feed_back(
+                weights,
+                upper,
+                self.inverse,
+                self.step,
+                codes,
+                errors,
+                minimum=self.minimum,
+                top=self.top,
+                levels=self.levels,
+            )
+            return
+        for i, column in enumerate(weights):
+            codes[i], value = self._round(column)
+            errors[i] = (column - value).div_(upper[i, i])
+            weights[i + 1 :] -= upper[i, i + 1 :, None] * errors[i]
+
+    def _round(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and values nearest to a column, ``[R]`` each."""
+        if self.levels is not None:
+            table = torch.tensor(self.levels, dtype=torch.float32)
+            middles = (table[:-1] + table[1:]) / 2
+            code = torch.bucketize(column * self.inverse, middles, right=True)
+            code *= self.step != 0
+            return code, table[code] * self.step
+        if self.minimum is None:
+            raise ValueError("neither minima nor levels")
+        code = ((column + self.minimum) * self.inverse).round_().clamp_(0, self.top)
+        code *= self.step != 0
+        return code, code * self.step - self.minimum
+
+
+class SpanGrid(Protocol):
+    """The scales of a span's rows."""
+
+    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> Rounding:
+        """Go to a group: move its stored scale and minimum to better neighbours.
 
         Args:
             index: Its number in the span.
             weights: ``[g, R]`` what feedback has left of its weights.
             importance: ``[g]``.
         """
-        ...
-
-    def round(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes ``[R]`` and values ``[R]`` nearest to a column of the present group."""
         ...
 
     def fit(self) -> Fit:
@@ -60,27 +119,20 @@ def span_grid(block: Tensor, scheme: Scheme, importance: Tensor) -> SpanGrid:
 class _GridWithMinima:
     def __init__(self, scheme: Scheme, scales: Stored, minima: Stored) -> None:
         self._scheme, self._scales, self._minima = scheme, scales, minima
-        self._top = (1 << scheme.bits) - 1
 
-    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> None:
-        scales, minima = self._scales, self._minima
+    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> Rounding:
+        scales, minima, top = self._scales, self._minima, (1 << self._scheme.bits) - 1
         if self._scheme.scale_bits == 4:
             scales.codes[:, index], minima.codes[:, index] = best_neighbour(
-                Panel(weights.t(), len(weights), importance),
-                scales.codes[:, index],
-                scales.spread_outer()[:, index],
-                minima.codes[:, index],
-                minima.spread_outer()[:, index],
+                Groups(weights, importance[:, None].expand_as(weights).contiguous()),
+                torch.zeros_like(weights[0]),
+                *_of_group(scales, index),
+                *_of_group(minima, index),
                 neighbours=NEIGHBOURS,
-                top=self._top,
+                top=top,
             )
-        self._step, self._minimum = scales.values()[:, index], minima.values()[:, index]
-        self._inverse, self._sign = invert(self._step), self._step.sign()
-
-    def round(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        code = ((column + self._minimum) * self._inverse).round_().clamp_(0, self._top)
-        code.mul_(self._sign)
-        return code, code * self._step - self._minimum
+        step = scales.values()[:, index].contiguous()
+        return Rounding(step, invert(step), minima.values()[:, index].contiguous(), top)
 
     def fit(self) -> Fit:
         return self._scales, self._minima
@@ -89,22 +141,20 @@ class _GridWithMinima:
 class _SignedGrid:
     def __init__(self, scheme: Scheme, scales: Stored) -> None:
         self._levels, self._scales = scheme.levels, scales
-        self._table = torch.tensor(self._levels, dtype=torch.float32)
-        self._middles = (self._table[:-1] + self._table[1:]) / 2
 
-    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> None:
+    def start_group(self, index: int, weights: Tensor, importance: Tensor) -> Rounding:
         panel = SignedPanel(weights.t(), len(weights), self._levels, importance)
-        code, outer = self._scales.codes[:, index], self._scales.spread_outer()[:, index]
-        moved, _, _ = best_move(panel, code, outer, signed.QUICK.moves)
+        code, outer = _of_group(self._scales, index)
+        moved, _, _ = panel.best_move(code, outer, signed.QUICK.moves)
         self._scales.codes[:, index] = moved
-        self._scale = self._scales.values()[:, index]
-        self._inverse, self._present = signed.invert(self._scale), (self._scale != 0).long()
-
-    def round(self, column: Tensor) -> tuple[Tensor, Tensor]:
-        # Of a single column, starting an operation takes longer than its work: not ``Encoder``.
-        code = torch.bucketize(column * self._inverse, self._middles, right=True)
-        code.mul_(self._present)
-        return code, self._table[code] * self._scale
+        scale = self._scales.values()[:, index].contiguous()
+        top = len(self._levels) - 1
+        return Rounding(scale, signed.invert(scale), None, top, self._levels)
 
     def fit(self) -> Fit:
         return self._scales, None
+
+
+def _of_group(stored: Stored, index: int) -> tuple[Tensor, Tensor]:
+    """What is stored for a group of every row, and the factors it lies under: ``[R]`` each."""
+    return stored.codes[:, index], stored.spread_outer()[:, index]

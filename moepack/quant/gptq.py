@@ -37,6 +37,9 @@ DAMPING = 0.1
 """Added to every input's power, as a share of the mean power; 0.005 to 0.1 differ little on the
 text they were measured on, and more damping trusts the calibration text less."""
 
+SMALLEST_HALF = 128
+"""Triangles up to this size are inverted by substitution."""
+
 CHUNK_ROWS = 512
 """Rows worked together, the same whatever the number of threads."""
 
@@ -66,13 +69,37 @@ class ErrorFeedback:
 
 
 def _factor(products: Tensor) -> Tensor:
-    """Upper ``U`` ``[C, C]`` float32 with ``U^T U`` the inverse of the damped products."""
-    damped = products.to(torch.float64)
-    power = max(DAMPING * float(damped.diagonal().mean()), 1e-30)
-    damped = damped + torch.eye(len(damped), dtype=torch.float64) * power
-    inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper.to(torch.float32)
+    """Upper ``U`` ``[C, C]`` float32 with ``U^T U`` the inverse of the damped products.
+
+    Both are in units of the inputs' mean power, on which nothing depends. The factor is the
+    inverse of the one that a Cholesky decomposition from the last input to the first gives. The
+    damping bounds how ill-conditioned it is, so that float32 will mostly do.
+    """
+    power = max(float(products.diagonal().mean(dtype=torch.float64)), 1e-30)
+    for dtype in (torch.float32, torch.float64):
+        damped = products.to(dtype) / power
+        damped.diagonal().add_(DAMPING)
+        backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            break
+    else:
+        raise ValueError("the products of the inputs are not positive")
+    return _inverse_of_lower(backwards).flip(0, 1).to(torch.float32).contiguous()
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Invert a lower triangle ``[C, C]`` by halves: torch has it as products, or not at all."""
+    size = len(lower)
+    if size <= SMALLEST_HALF:
+        unit = torch.eye(size, dtype=lower.dtype)
+        return torch.linalg.solve_triangular(lower, unit, upper=False)
+    inverse, half = torch.zeros_like(lower), size // 2
+    first, last = slice(0, half), slice(half, size)
+    inverse[first, first] = _inverse_of_lower(lower[first, first])
+    inverse[last, last] = _inverse_of_lower(lower[last, last])
+    below = inverse[last, last] @ lower[last, first] @ inverse[first, first]
+    inverse[last, first] = below.neg_()
+    return inverse
 
 
 def _feed_back(weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor) -> Fit:
@@ -95,7 +122,7 @@ def _feed_back(weight: Tensor, scheme: Scheme, upper: Tensor, codes: Tensor) -> 
                 rest[inner], scheme, upper[inner, inner], importance[inner], codes[:, inner]
             )
             parts.append(fit)
-            rest[inner.stop :] -= upper[inner, inner.stop :].t() @ errors
+            rest[inner.stop :].addmm_(upper[inner, inner.stop :].t(), errors, alpha=-1)
         minima = [part[1] for part in parts if part[1] is not None]
         scales = _side_by_side([part[0] for part in parts])
         return scales, _side_by_side(minima) if minima else None
@@ -129,13 +156,9 @@ def _span(
     by_column = torch.empty(block.shape, dtype=torch.uint8)
     for index, start in enumerate(range(0, len(block), scheme.group)):
         cols = slice(start, min(start + scheme.group, len(block)))
-        grid.start_group(index, block[cols], importance[cols])
-        for i in range(start, cols.stop):
-            code, value = grid.round(block[i])
-            by_column[i] = code
-            errors[i] = (block[i] - value).div_(upper[i, i])
-            block[i + 1 : cols.stop] -= upper[i, i + 1 : cols.stop, None] * errors[i]
-        block[cols.stop :] -= upper[cols, cols.stop :].t() @ errors[cols]
+        rounding = grid.start_group(index, block[cols], importance[cols])
+        rounding.feed_back(block[cols], upper[cols, cols], by_column[cols], errors[cols])
+        block[cols.stop :].addmm_(upper[cols, cols.stop :].t(), errors[cols], alpha=-1)
     codes.copy_(by_column.t())
     return grid.fit(), errors
 

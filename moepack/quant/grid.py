@@ -41,55 +41,30 @@ class Moments:
     qw: Tensor
 
 
-class Panel:
-    """Groups of one size, one to a column.
-
-    The weights are centred on their group's mean: sums of squares then lose nothing to
-    cancellation, and the sum of a group's weights is zero.
-
-    With an importance, every sum and mean here and in ``Moments`` counts a weight as often as it,
-    or its input, is important, relative to the others of its group; so what is fitted to the sums
-    is fitted to what is important, and no formula changes.
+class Groups:
+    """Weights of groups of one size, one group to a column, and sums over their codes.
 
     Args:
-        rows: ``[R, G * g]`` weights of any float dtype.
-        group: Weights in a group, g.
-        importance: ``[G * g]`` float32 of the inputs or ``[R, G * g]`` of the weights, above 0;
-            None: all the same.
+        weights: ``[g, N]`` float32.
+        measure: ``[g, N]`` float32, how often each weight counts; None: once.
 
     Attributes:
         size: g.
-        weights: ``[g, N]`` float32, less ``mean``.
-        mean: ``[N]`` float32.
-        low: ``[N]`` smallest centred weight.
-        high: ``[N]`` largest centred weight.
-        reach: The largest absolute centred weight of all groups.
-        power: ``[N]`` sum of the squares of the centred weights.
-        measure: ``[g, N]`` float32 importance, of mean 1 in each group; None: 1 everywhere.
-        emphasis: ``[N]`` float32 mean importance of each group; 1 without an importance.
+        weights: As given.
+        measure: As given.
     """
 
-    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
-        by_group = rows.reshape(-1, group).t()
-        self.size = group
-        self.weights = torch.empty(by_group.shape, dtype=torch.float32).copy_(by_group)
-        self.measure: Tensor | None = None
-        self.emphasis = torch.ones(())
-        if importance is not None:
-            grouped = importance.reshape(-1, group).t()  # [g, G] or [g, N]
-            grouped = grouped.clone(memory_format=torch.contiguous_format)
-            emphasis = grouped.mean(dim=0)
-            grouped /= emphasis
-            repeats = by_group.shape[1] // len(emphasis)
-            self.emphasis = emphasis.repeat(repeats)
-            self.measure = grouped if repeats == 1 else grouped.repeat(1, repeats)
-        self._product = torch.empty_like(self.weights)
-        self.mean = self.total(self.weights) / group
-        self.weights -= self.mean
-        self.low = self.weights.amin(dim=0)
-        self.high = self.weights.amax(dim=0)
-        self.reach = float(torch.maximum(self.high, -self.low).max())
-        self.power = self._sum_product(self.weights, self.weights)
+    def __init__(self, weights: Tensor, measure: Tensor | None) -> None:
+        self.size = len(weights)
+        self.weights, self.measure = weights, measure
+        self._room: Tensor | None = None
+
+    @property
+    def _product(self) -> Tensor:
+        """Room ``[g, N]`` for a step of the sums."""
+        if self._room is None:
+            self._room = torch.empty_like(self.weights)
+        return self._room
 
     def codes(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
         """The nearest code, 0 to ``top``, of every weight: ``[g, N]`` float32.
@@ -136,6 +111,54 @@ class Panel:
         if self.measure is not None:
             product *= self.measure
         return product.sum(dim=0)
+
+
+class Panel(Groups):
+    """Groups of rows.
+
+    The weights are centred on their group's mean: sums of squares then lose nothing to
+    cancellation, and the sum of a group's weights is zero.
+
+    With an importance, every sum and mean here and in ``Moments`` counts a weight as often as it,
+    or its input, is important, relative to the others of its group; so what is fitted to the sums
+    is fitted to what is important, and no formula changes.
+
+    Args:
+        rows: ``[R, G * g]`` weights of any float dtype.
+        group: Weights in a group, g.
+        importance: ``[G * g]`` float32 of the inputs or ``[R, G * g]`` of the weights, above 0;
+            None: all the same.
+
+    Attributes:
+        size: g.
+        weights: ``[g, N]`` float32, less ``mean``.
+        mean: ``[N]`` float32.
+        low: ``[N]`` smallest centred weight.
+        high: ``[N]`` largest centred weight.
+        reach: The largest absolute centred weight of all groups.
+        power: ``[N]`` sum of the squares of the centred weights.
+        measure: ``[g, N]`` float32 importance, of mean 1 in each group; None: 1 everywhere.
+        emphasis: ``[N]`` float32 mean importance of each group; 1 without an importance.
+    """
+
+    def __init__(self, rows: Tensor, group: int, importance: Tensor | None = None) -> None:
+        by_group = rows.reshape(-1, group).t()
+        super().__init__(torch.empty(by_group.shape, dtype=torch.float32).copy_(by_group), None)
+        self.emphasis = torch.ones(())
+        if importance is not None:
+            grouped = importance.reshape(-1, group).t()  # [g, G] or [g, N]
+            grouped = grouped.clone(memory_format=torch.contiguous_format)
+            emphasis = grouped.mean(dim=0)
+            grouped /= emphasis
+            repeats = by_group.shape[1] // len(emphasis)
+            self.emphasis = emphasis.repeat(repeats)
+            self.measure = grouped if repeats == 1 else grouped.repeat(1, repeats)
+        self.mean = self.total(self.weights) / group
+        self.weights -= self.mean
+        self.low = self.weights.amin(dim=0)
+        self.high = self.weights.amax(dim=0)
+        self.reach = float(torch.maximum(self.high, -self.low).max())
+        self.power = self._sum_product(self.weights, self.weights)
 
 
 class RowGroups(Generic[P]):

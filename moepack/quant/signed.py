@@ -143,7 +143,7 @@ class SignedPanel:
         low, high = self.weights.amin(dim=0), self.weights.amax(dim=0)
         self.extreme = torch.where(-low > high, low, high)
         self._levels = levels
-        self._encoder = Encoder(levels, by_group.shape)
+        self._encoder: Encoder | None = None
         self._measure: Tensor | None = None
         self._counted = self.weights
         if importance is not None:
@@ -163,7 +163,7 @@ class SignedPanel:
         """
         if native.available():
             return native.level_sums(self.weights, self._measure, invert(scale), self._levels)
-        levels = self._encoder.levels(self.weights, scale).to(torch.float32)
+        levels = self._levels_of_weights().levels(self.weights, scale).to(torch.float32)
         qw = (levels * self._counted).sum(dim=0)
         squares = levels.mul_(levels)
         if self._measure is not None:
@@ -172,7 +172,42 @@ class SignedPanel:
 
     def codes(self, scale: Tensor) -> Tensor:
         """The nearest code of every weight, ``[g, N]`` int8; 0 where the scale is 0."""
-        return self._encoder.codes(self.weights, scale)
+        return self._levels_of_weights().codes(self.weights, scale)
+
+    def best_move(
+        self, code: Tensor, outer: Tensor, moves: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stored scales with the least squared error, and the moments that they give.
+
+        Args:
+            code: ``[N]`` stored scales at present.
+            outer: ``[N]`` super-scales.
+            moves: Moves to try; of equals the first is taken.
+
+        Returns:
+            ``[N]`` stored scales, and both sums of ``moments``.
+        """
+        if native.available():
+            ends, stored = (LOWEST, HIGHEST), (code.contiguous(), outer.contiguous())
+            return native.best_moves(self.weights, self._measure, stored, self._levels, moves, ends)
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for move in moves:
+            tried = (code + move).clamp_(LOWEST, HIGHEST)
+            scale = tried * outer
+            qw, qq = self.moments(scale)
+            lost = scale * (scale * qq - 2 * qw)
+            if best is None:
+                best, least = (tried, qw, qq), lost
+            else:
+                take_better(least, lost, *zip(best, (tried, qw, qq), strict=True))
+        if best is None:
+            raise ValueError("no moves to try")
+        return best
+
+    def _levels_of_weights(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = Encoder(self._levels, self.weights.shape)
+        return self._encoder
 
 
 class SignedRows(RowGroups[SignedPanel]):
@@ -292,38 +327,9 @@ def _move(rows: SignedRows, scales: Stored, moves: Sequence[int]) -> tuple[Store
     parts = zip(
         rows.panels, rows.split(scales.codes), rows.split(scales.spread_outer()), strict=True
     )
-    found = [best_move(*part, moves) for part in parts]
+    found = [panel.best_move(code, outer, moves) for panel, code, outer in parts]
     codes, qw, qq = (rows.join([part[i] for part in found]) for i in range(3))
     return replace(scales, codes=codes), qw, qq
-
-
-def best_move(
-    panel: SignedPanel, code: Tensor, outer: Tensor, moves: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The stored scales with the least squared error, and the moments that they give.
-
-    Args:
-        panel: The groups.
-        code: ``[N]`` stored scales at present.
-        outer: ``[N]`` super-scales.
-        moves: Moves to try, the first being 0.
-
-    Returns:
-        ``[N]`` stored scales, and both sums of ``SignedPanel.moments``.
-    """
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for move in moves:
-        tried = (code + move).clamp_(LOWEST, HIGHEST)
-        scale = tried * outer
-        qw, qq = panel.moments(scale)
-        lost = scale * (scale * qq - 2 * qw)
-        if best is None:
-            best, least = (tried, qw, qq), lost
-        else:
-            take_better(least, lost, *zip(best, (tried, qw, qq), strict=True))
-    if best is None:
-        raise ValueError("no moves to try")
-    return best
 
 
 def _refit_outer(

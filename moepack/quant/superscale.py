@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moepack_formats.schemes import SUPER_COLS, Scheme
+from moepack_runtime.kernels import native_solver as native
 
-from .grid import GroupedRows, Panel, invert, refit_minima, size_lost, take_better
+from .grid import GroupedRows, Groups, Panel, invert, refit_minima, size_lost, take_better
 from .storage import (
     CODE_TOP,
     Stored,
@@ -127,7 +128,7 @@ def _try_neighbours(
     """For each group the best of the present 4-bit codes and those one up or down."""
     arrays = (scales.codes, scales.spread_outer(), minima.codes, minima.spread_outer())
     found = [
-        best_neighbour(panel, *parts, neighbours=neighbours, top=top)
+        best_neighbour(panel, panel.mean, *parts, neighbours=neighbours, top=top)
         for panel, *parts in zip(rows.panels, *map(rows.split, arrays), strict=True)
     ]
     return (
@@ -137,7 +138,8 @@ def _try_neighbours(
 
 
 def best_neighbour(
-    panel: Panel,
+    groups: Groups,
+    mean: Tensor,
     scale: Tensor,
     outer_scale: Tensor,
     minimum: Tensor,
@@ -149,7 +151,8 @@ def best_neighbour(
     """The 4-bit codes ``[N]`` of scales and minima with the least squared error.
 
     Args:
-        panel: The groups.
+        groups: The weights.
+        mean: ``[N]`` what has been taken from each group's weights.
         scale: ``[N]`` present codes of the scales.
         outer_scale: ``[N]`` super-scales.
         minimum: ``[N]`` present codes of the minima.
@@ -157,6 +160,17 @@ def best_neighbour(
         neighbours: Which moves to try.
         top: The largest code of a weight.
     """
+    if native.available():
+        return native.best_neighbours(
+            groups.weights,
+            groups.measure,
+            (scale.contiguous(), outer_scale.contiguous()),
+            (minimum.contiguous(), outer_minimum.contiguous()),
+            mean,
+            [(up, along) for up, alongs in neighbours for along in alongs],
+            top=top,
+            code_top=CODE_TOP,
+        )
     best: Tensor | None = None
     best_scale, best_minimum = scale.clone(), minimum.clone()
     for up, alongs in neighbours:
@@ -165,10 +179,10 @@ def best_neighbour(
         inverse = invert(step)
         for along in alongs:
             tried_minimum = (minimum + along).clamp_(0, CODE_TOP)
-            zero = (tried_minimum * outer_minimum).add_(panel.mean).mul_(inverse)
-            error = panel.squared_steps(inverse, zero, top).mul_(step).mul_(step)
+            zero = (tried_minimum * outer_minimum).add_(mean).mul_(inverse)
+            error = groups.squared_steps(inverse, zero, top).mul_(step).mul_(step)
             if best is None:
-                best = error
+                best, best_scale, best_minimum = error, tried_scale.clone(), tried_minimum.clone()
                 continue
             take_better(best, error, (best_scale, tried_scale), (best_minimum, tried_minimum))
     return best_scale, best_minimum

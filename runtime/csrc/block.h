@@ -299,7 +299,7 @@ template <class V> constexpr Kernels make_kernels(const char* name, bool (*suppo
   k.weighted_sum = weighted_sum<V, float>, k.weighted_sum_half = weighted_sum<V, uint16_t>;
   k.to_half = to_half;
   k.code_sums = code_sums, k.squared_steps = squared_steps, k.level_sums = level_sums;
-  k.feed_back = feed_back;
+  k.best_neighbours = best_neighbours, k.best_moves = best_moves, k.feed_back = feed_back;
   return k;
 }
 

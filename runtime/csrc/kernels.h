@@ -95,6 +95,10 @@ struct Kernels {
   void (*squared_steps)(const moepack_groups& groups, const moepack_grid& grid, float* lost);
   void (*level_sums)(const moepack_groups& groups, const moepack_levels& levels, const float* inverse,
                      float* qw, float* qq);
+  void (*best_neighbours)(const moepack_groups& groups, const moepack_neighbours& neighbours,
+                          float* scale, float* minimum);
+  void (*best_moves)(const moepack_groups& groups, const moepack_levels& levels,
+                     const moepack_moves& moves, float* scale, float* qw, float* qq);
   void (*feed_back)(const moepack_columns& columns);
   // To float16. False where a number is none or too large, and `out` is worth nothing then.
   bool (*to_half)(const float* a, int64_t n, uint16_t* out);

@@ -175,6 +175,31 @@ MOEPACK_API int32_t moepack_squared_steps(const moepack_groups* groups, const mo
 MOEPACK_API int32_t moepack_level_sums(const moepack_groups* groups, const moepack_levels* levels,
                                        const float* inverse, float* qw, float* qq);
 
+/* Of each group's scale and minimum, stored as codes under outer factors, the best among the present
+ * ones and some near them: the least sum of squared differences between weights and what the nearest of
+ * 0, 1, ..., top stand for. [count] each. Of equals the first is taken. */
+typedef struct {
+  const float *scale, *outer_scale, *minimum, *outer_minimum; /* integers, and what they count */
+  const float* mean;   /* of each group, if it has been taken from the weights; or NULL */
+  const int8_t* moves; /* [moves_count, 2]: of the scale's code, of the minimum's */
+  int64_t moves_count;
+  float top, code_top; /* a scale's code is 1 to code_top, a minimum's 0 to code_top */
+} moepack_neighbours;
+MOEPACK_API int32_t moepack_best_neighbours(const moepack_groups* groups,
+                                            const moepack_neighbours* neighbours, float* scale,
+                                            float* minimum);
+
+/* Likewise without minima: of each group's stored scale the best move, and the sums of level times
+ * weight and of squared levels that it gives. */
+typedef struct {
+  const float *scale, *outer_scale;
+  const int8_t* moves;
+  int64_t moves_count;
+  float lowest, highest;
+} moepack_moves;
+MOEPACK_API int32_t moepack_best_moves(const moepack_groups* groups, const moepack_levels* levels,
+                                       const moepack_moves* moves, float* scale, float* qw, float* qq);
+
 /* One group's columns, rounded one after the other: each one's error, over upper[i][i], is fed to the
  * later ones. Values are code * step - minimum, or with levels level * step; codes of a step of 0 are 0. */
 typedef struct {

@@ -40,6 +40,25 @@ int32_t moepack_level_sums(const moepack_groups* groups, const moepack_levels* l
   return MOEPACK_OK;
 }
 
+int32_t moepack_best_neighbours(const moepack_groups* groups, const moepack_neighbours* x, float* scale,
+                                float* minimum) {
+  if (!sound(groups) || !x || !x->scale || !x->outer_scale || !x->minimum || !x->outer_minimum ||
+      !x->moves || x->moves_count < 1 || x->top < 1 || x->top > 255 || x->code_top < 1 || !scale ||
+      !minimum)
+    return MOEPACK_BAD_ARGUMENT;
+  kernels().best_neighbours(*groups, *x, scale, minimum);
+  return MOEPACK_OK;
+}
+
+int32_t moepack_best_moves(const moepack_groups* groups, const moepack_levels* levels,
+                           const moepack_moves* x, float* scale, float* qw, float* qq) {
+  if (!sound(groups) || !sound(levels) || !x || !x->scale || !x->outer_scale || !x->moves ||
+      x->moves_count < 1 || !(x->lowest <= x->highest) || !scale || !qw || !qq)
+    return MOEPACK_BAD_ARGUMENT;
+  kernels().best_moves(*groups, *levels, *x, scale, qw, qq);
+  return MOEPACK_OK;
+}
+
 int32_t moepack_feed_back(const moepack_columns* x) {
   if (!x || !x->weights || !x->upper || !x->inverse || !x->step || !x->codes || !x->errors ||
       x->size < 1 || x->size > MOEPACK_MOST_GROUP || x->rows < 0 || x->stride < x->size)

@@ -130,25 +130,34 @@ void code_sums(const moepack_groups& groups, const moepack_grid& grid, float* q,
        : code_sums_of<false, false>(groups, grid, q, qq, qw);
 }
 
+// Sums of squared steps of 16 groups.
+template <bool MEASURED, bool WHOLE>
+MOEPACK_INLINE Lanes16 squared_steps_lanes(const moepack_groups& groups, int64_t first,
+                                           const Lanes16& inverse, const Lanes16& zero, float top) {
+  int64_t left = groups.count - first;
+  Lanes16 sum{};
+  for (int64_t i = 0; i < groups.size; ++i) {
+    int64_t at = i * groups.count + first;
+    auto weight = load_lanes<WHOLE>(groups.weights + at, left);
+    Lanes16 measure{};
+    if (MEASURED) measure = load_lanes<WHOLE>(groups.measure + at, left);
+    for (int k = 0; k < kVectors; ++k) {
+      Vector wanted = weight.v[k] * inverse.v[k] + zero.v[k];
+      Vector residual = wanted - nearest_code(wanted, top);
+      Vector squared = residual * residual;
+      sum.v[k] += MEASURED ? squared * measure.v[k] : squared;
+    }
+  }
+  return sum;
+}
+
 template <bool MEASURED>
 void squared_steps_of(const moepack_groups& groups, const moepack_grid& grid, float* lost) {
   each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
     int64_t left = groups.count - first;
     auto inverse = load_lanes<whole>(grid.inverse + first, left);
     auto zero = load_lanes<whole>(grid.zero + first, left);
-    Lanes16 sum{};
-    for (int64_t i = 0; i < groups.size; ++i) {
-      int64_t at = i * groups.count + first;
-      auto weight = load_lanes<whole>(groups.weights + at, left);
-      Lanes16 measure{};
-      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
-      for (int k = 0; k < kVectors; ++k) {
-        Vector wanted = weight.v[k] * inverse.v[k] + zero.v[k];
-        Vector residual = wanted - nearest_code(wanted, grid.top);
-        Vector squared = residual * residual;
-        sum.v[k] += MEASURED ? squared * measure.v[k] : squared;
-      }
-    }
+    auto sum = squared_steps_lanes<MEASURED, whole>(groups, first, inverse, zero, grid.top);
     store_lanes<whole>(lost + first, sum, left);
   });
 }
@@ -158,27 +167,40 @@ void squared_steps(const moepack_groups& groups, const moepack_grid& grid, float
                  : squared_steps_of<false>(groups, grid, lost);
 }
 
+struct LevelSums {
+  Lanes16 qw{}, qq{};
+};
+
+// Sums of level times weight and of squared levels of 16 groups.
+template <bool MEASURED, bool WHOLE>
+MOEPACK_INLINE LevelSums level_sums_lanes(const moepack_groups& groups, int64_t first,
+                                          const Levels& levels, const Lanes16& inverse) {
+  int64_t left = groups.count - first;
+  LevelSums sums;
+  for (int64_t i = 0; i < groups.size; ++i) {
+    int64_t at = i * groups.count + first;
+    auto weight = load_lanes<WHOLE>(groups.weights + at, left);
+    Lanes16 measure{};
+    if (MEASURED) measure = load_lanes<WHOLE>(groups.measure + at, left);
+    for (int k = 0; k < kVectors; ++k) {
+      Vector level = levels.nearest(weight.v[k] * inverse.v[k]);
+      Vector counted = MEASURED ? level * measure.v[k] : level;
+      sums.qw.v[k] += counted * weight.v[k];
+      sums.qq.v[k] += counted * level;
+    }
+  }
+  return sums;
+}
+
 template <bool MEASURED>
 void level_sums_of(const moepack_groups& groups, const Levels& levels, const float* inverses,
                    float* qw, float* qq) {
   each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
     int64_t left = groups.count - first;
     auto inverse = load_lanes<whole>(inverses + first, left);
-    Lanes16 squares{}, products{};
-    for (int64_t i = 0; i < groups.size; ++i) {
-      int64_t at = i * groups.count + first;
-      auto weight = load_lanes<whole>(groups.weights + at, left);
-      Lanes16 measure{};
-      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
-      for (int k = 0; k < kVectors; ++k) {
-        Vector level = levels.nearest(weight.v[k] * inverse.v[k]);
-        Vector counted = MEASURED ? level * measure.v[k] : level;
-        products.v[k] += counted * weight.v[k];
-        squares.v[k] += counted * level;
-      }
-    }
-    store_lanes<whole>(qw + first, products, left);
-    store_lanes<whole>(qq + first, squares, left);
+    auto sums = level_sums_lanes<MEASURED, whole>(groups, first, levels, inverse);
+    store_lanes<whole>(qw + first, sums.qw, left);
+    store_lanes<whole>(qq + first, sums.qq, left);
   });
 }
 
@@ -187,6 +209,100 @@ void level_sums(const moepack_groups& groups, const moepack_levels& levels, cons
   Levels found(levels);
   groups.measure ? level_sums_of<true>(groups, found, inverse, qw, qq)
                  : level_sums_of<false>(groups, found, inverse, qw, qq);
+}
+
+// One over a step, large and finite for 0; its sign is kept.
+constexpr float kSmallestStep = 1e-30f;
+MOEPACK_INLINE Vector invert(Vector step) {
+  Vector size = step < 0.0f ? -step : step;
+  Vector inverse = 1.0f / (size > kSmallestStep ? size : all(kSmallestStep));
+  return step < 0.0f ? -inverse : inverse;
+}
+MOEPACK_INLINE Vector between(Vector x, float low, float high) {
+  x = x > low ? x : all(low);
+  return x < high ? x : all(high);
+}
+
+template <bool MEASURED>
+void best_neighbours_of(const moepack_groups& groups, const moepack_neighbours& x, float* scales,
+                        float* minima) {
+  each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = groups.count - first;
+    auto scale = load_lanes<whole>(x.scale + first, left);
+    auto outer_scale = load_lanes<whole>(x.outer_scale + first, left);
+    auto minimum = load_lanes<whole>(x.minimum + first, left);
+    auto outer_minimum = load_lanes<whole>(x.outer_minimum + first, left);
+    Lanes16 mean{};
+    if (x.mean) mean = load_lanes<whole>(x.mean + first, left);
+    Lanes16 least{}, best_scale = scale, best_minimum = minimum;
+    for (int64_t move = 0; move < x.moves_count; ++move) {
+      float up = x.moves[2 * move], along = x.moves[2 * move + 1];
+      Lanes16 tried_scale, tried_minimum, step, inverse, zero;
+      for (int k = 0; k < kVectors; ++k) {
+        tried_scale.v[k] = between(scale.v[k] + up, 1.0f, x.code_top);
+        tried_minimum.v[k] = between(minimum.v[k] + along, 0.0f, x.code_top);
+        step.v[k] = tried_scale.v[k] * outer_scale.v[k];
+        inverse.v[k] = invert(step.v[k]);
+        zero.v[k] = (tried_minimum.v[k] * outer_minimum.v[k] + mean.v[k]) * inverse.v[k];
+      }
+      auto lost = squared_steps_lanes<MEASURED, whole>(groups, first, inverse, zero, x.top);
+      for (int k = 0; k < kVectors; ++k) {
+        lost.v[k] *= step.v[k] * step.v[k];
+        auto better = move ? lost.v[k] < least.v[k] : lost.v[k] == lost.v[k];
+        least.v[k] = better ? lost.v[k] : least.v[k];
+        best_scale.v[k] = better ? tried_scale.v[k] : best_scale.v[k];
+        best_minimum.v[k] = better ? tried_minimum.v[k] : best_minimum.v[k];
+      }
+    }
+    store_lanes<whole>(scales + first, best_scale, left);
+    store_lanes<whole>(minima + first, best_minimum, left);
+  });
+}
+
+void best_neighbours(const moepack_groups& groups, const moepack_neighbours& x, float* scale,
+                     float* minimum) {
+  groups.measure ? best_neighbours_of<true>(groups, x, scale, minimum)
+                 : best_neighbours_of<false>(groups, x, scale, minimum);
+}
+
+template <bool MEASURED>
+void best_moves_of(const moepack_groups& groups, const Levels& levels, const moepack_moves& x,
+                   float* scales, float* qw, float* qq) {
+  each_lanes(groups.count, [&](int64_t first, auto whole) MOEPACK_LAMBDA {
+    int64_t left = groups.count - first;
+    auto scale = load_lanes<whole>(x.scale + first, left);
+    auto outer = load_lanes<whole>(x.outer_scale + first, left);
+    Lanes16 least{}, best = scale;
+    LevelSums kept;
+    for (int64_t move = 0; move < x.moves_count; ++move) {
+      float up = x.moves[move];
+      Lanes16 tried, step, inverse;
+      for (int k = 0; k < kVectors; ++k) {
+        tried.v[k] = between(scale.v[k] + up, x.lowest, x.highest);
+        step.v[k] = tried.v[k] * outer.v[k];
+        inverse.v[k] = invert(step.v[k]);
+      }
+      auto sums = level_sums_lanes<MEASURED, whole>(groups, first, levels, inverse);
+      for (int k = 0; k < kVectors; ++k) {
+        Vector lost = step.v[k] * (step.v[k] * sums.qq.v[k] - 2.0f * sums.qw.v[k]);
+        auto better = move ? lost < least.v[k] : lost == lost;
+        least.v[k] = better ? lost : least.v[k];
+        best.v[k] = better ? tried.v[k] : best.v[k];
+        kept.qw.v[k] = better ? sums.qw.v[k] : kept.qw.v[k];
+        kept.qq.v[k] = better ? sums.qq.v[k] : kept.qq.v[k];
+      }
+    }
+    store_lanes<whole>(scales + first, best, left);
+    store_lanes<whole>(qw + first, kept.qw, left);
+    store_lanes<whole>(qq + first, kept.qq, left);
+  });
+}
+
+void best_moves(const moepack_groups& groups, const moepack_levels& levels, const moepack_moves& x,
+                float* scale, float* qw, float* qq) {
+  Levels found(levels);
+  groups.measure ? best_moves_of<true>(groups, found, x, scale, qw, qq)
+                 : best_moves_of<false>(groups, found, x, scale, qw, qq);
 }
 
 // `round` finds the codes of a column, and the values that they stand for.

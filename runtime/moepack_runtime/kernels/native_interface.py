@@ -83,6 +83,35 @@ class Levels(ctypes.Structure):
     _fields_ = (("count", ctypes.c_int32), ("level", ctypes.c_float * MOST_LEVELS))
 
 
+class Neighbours(ctypes.Structure):
+    """``moepack_neighbours``: stored scales and minima, and moves of them to try."""
+
+    _fields_ = (
+        ("scale", ctypes.c_void_p),
+        ("outer_scale", ctypes.c_void_p),
+        ("minimum", ctypes.c_void_p),
+        ("outer_minimum", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("moves", ctypes.c_void_p),
+        ("moves_count", ctypes.c_int64),
+        ("top", ctypes.c_float),
+        ("code_top", ctypes.c_float),
+    )
+
+
+class Moves(ctypes.Structure):
+    """``moepack_moves``: stored scales of grids without minima, and moves of them to try."""
+
+    _fields_ = (
+        ("scale", ctypes.c_void_p),
+        ("outer_scale", ctypes.c_void_p),
+        ("moves", ctypes.c_void_p),
+        ("moves_count", ctypes.c_int64),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+    )
+
+
 class Columns(ctypes.Structure):
     """``moepack_columns``: what error feedback rounds, one column after the other."""
 
@@ -127,6 +156,8 @@ SIGNATURES = {
     "moepack_code_sums": (INT, [POINTER] * 5),
     "moepack_squared_steps": (INT, [POINTER] * 3),
     "moepack_level_sums": (INT, [POINTER] * 5),
+    "moepack_best_neighbours": (INT, [POINTER] * 4),
+    "moepack_best_moves": (INT, [POINTER] * 6),
     "moepack_feed_back": (INT, [POINTER]),
     "moepack_start_threads": (INT, [INT]),
     "moepack_read": (ctypes.c_uint64, [POINTER, LONG, INT]),

@@ -16,10 +16,28 @@ import torch
 from torch import Tensor
 
 from .native_buffers import check_floats
-from .native_interface import MOST_GROUP, MOST_LEVELS, Columns, Grid, Groups, Levels
+from .native_interface import (
+    MOST_GROUP,
+    MOST_LEVELS,
+    Columns,
+    Grid,
+    Groups,
+    Levels,
+    Moves,
+    Neighbours,
+)
 from .native_library import available, check, loaded
 
-__all__ = ["available", "code_sums", "feed_back", "level_sums", "squared_steps"]
+__all__ = [
+    "MOST_GROUP",
+    "available",
+    "best_moves",
+    "best_neighbours",
+    "code_sums",
+    "feed_back",
+    "level_sums",
+    "squared_steps",
+]
 
 
 def code_sums(
@@ -96,6 +114,99 @@ def level_sums(
         )
     )
     return qw, qq
+
+
+def best_neighbours(
+    weights: Tensor,
+    measure: Tensor | None,
+    scale: tuple[Tensor, Tensor],
+    minimum: tuple[Tensor, Tensor],
+    mean: Tensor,
+    moves: Sequence[tuple[int, int]],
+    *,
+    top: int,
+    code_top: int,
+) -> tuple[Tensor, Tensor]:
+    """Stored scales and minima moved to where the sum of squared errors is least.
+
+    Args:
+        weights: ``[g, N]`` float32.
+        measure: ``[g, N]`` float32, how often each weight counts; None: once.
+        scale: ``[N]`` float32 each: whole numbers, and the factors that they lie under.
+        minimum: The same of the minima.
+        mean: ``[N]`` float32 of each group, if it has been taken from the weights; or zeros.
+        moves: Of a scale and a minimum, to try; of equals the first is taken.
+        top: The largest code of a weight.
+        code_top: The largest of a scale or minimum; the smallest are 1 and 0.
+
+    Returns:
+        ``[N]`` float32 scales and minima, whole numbers.
+
+    Raises:
+        TypeError: A tensor is not float32 on the CPU.
+        ValueError: A tensor has another shape or is not contiguous.
+    """
+    groups, shape = _groups(weights, measure), weights.shape[1:]
+    flat = [number for move in moves for number in move]
+    table = (ctypes.c_int8 * len(flat))(*flat)
+    tried = Neighbours(
+        *(check_floats(part, shape, "scale") for part in scale),
+        *(check_floats(part, shape, "minimum") for part in minimum),
+        check_floats(mean, shape, "mean"),
+        ctypes.addressof(table),
+        len(moves),
+        top,
+        code_top,
+    )
+    found = torch.empty_like(scale[0]), torch.empty_like(minimum[0])
+    addresses = (part.data_ptr() for part in found)
+    check(loaded().moepack_best_neighbours(ctypes.byref(groups), ctypes.byref(tried), *addresses))
+    return found
+
+
+def best_moves(
+    weights: Tensor,
+    measure: Tensor | None,
+    scale: tuple[Tensor, Tensor],
+    levels: Sequence[float],
+    moves: Sequence[int],
+    ends: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored scales of levels moved to where the sum of squared errors is least.
+
+    Args:
+        weights: ``[g, N]`` float32.
+        measure: ``[g, N]`` float32, how often each weight counts; None: once.
+        scale: ``[N]`` float32 each: whole numbers, and the factors that they lie under.
+        levels: Ascending, at most eight.
+        moves: To try; of equals the first is taken.
+        ends: The lowest and highest whole number.
+
+    Returns:
+        ``[N]`` float32 scales, and the sums of ``level_sums`` that they give.
+
+    Raises:
+        TypeError: A tensor is not float32 on the CPU.
+        ValueError: A tensor has another shape or is not contiguous, or the levels are not such.
+    """
+    groups, shape = _groups(weights, measure), weights.shape[1:]
+    table = (ctypes.c_int8 * len(moves))(*moves)
+    tried = Moves(
+        *(check_floats(part, shape, "scale") for part in scale),
+        ctypes.addressof(table),
+        len(moves),
+        *ends,
+    )
+    found = tuple(torch.empty_like(scale[0]) for _ in range(3))
+    check(
+        loaded().moepack_best_moves(
+            ctypes.byref(groups),
+            ctypes.byref(_levels(levels)),
+            ctypes.byref(tried),
+            *(part.data_ptr() for part in found),
+        )
+    )
+    return found[0], found[1], found[2]
 
 
 def feed_back(

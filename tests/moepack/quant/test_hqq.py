@@ -169,11 +169,10 @@ def test_shrinkage_is_skipped_only_where_it_does_nothing() -> None:
     panel = Panel(weight, 64)
     step = (panel.high - panel.low) / 3
     zero = -panel.low / step
-    panel.scale_by(invert(step))
-    panel.encode(zero, 3)
+    codes = panel.codes(invert(step), zero, 3)
     found = hqq.Outliers.find(panel, step, zero, 3, hqq.BETA)
     assert found is not None
-    size = (panel.weights - (panel.codes - zero) * step).abs()
+    size = (panel.weights - (codes - zero) * step).abs()
     taken = (size - size ** (hqq.LP_NORM - 1) / hqq.BETA).clamp(min=0)
     taken = taken.sum(dim=0)
     without = torch.ones(len(step), dtype=torch.bool)

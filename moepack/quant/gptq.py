@@ -92,7 +92,8 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     size = len(lower)
     if size <= SMALLEST_HALF:
         unit = torch.eye(size, dtype=lower.dtype)
-        return torch.linalg.solve_triangular(lower, unit, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return inverse
     inverse, half = torch.zeros_like(lower), size // 2
     first, last = slice(0, half), slice(half, size)
     inverse[first, first] = _inverse_of_lower(lower[first, first])

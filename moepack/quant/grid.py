@@ -135,7 +135,6 @@ class Panel(Groups):
         mean: ``[N]`` float32.
         low: ``[N]`` smallest centred weight.
         high: ``[N]`` largest centred weight.
-        reach: The largest absolute centred weight of all groups.
         power: ``[N]`` sum of the squares of the centred weights.
         measure: ``[g, N]`` float32 importance, of mean 1 in each group; None: 1 everywhere.
         emphasis: ``[N]`` float32 mean importance of each group; 1 without an importance.
@@ -157,7 +156,6 @@ class Panel(Groups):
         self.weights -= self.mean
         self.low = self.weights.amin(dim=0)
         self.high = self.weights.amax(dim=0)
-        self.reach = float(torch.maximum(self.high, -self.low).max())
         self.power = self._sum_product(self.weights, self.weights)
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moepack.quant import get_quantizer, hqq, quantize_matrix
-from moepack.quant.grid import GroupedRows, Panel, invert
+from moepack.quant import get_quantizer, quantize_matrix
+from moepack.quant.grid import GroupedRows
 from moepack.quant.storage import (
     by_row,
     by_super,
@@ -163,23 +163,17 @@ def test_values_are_as_large_as_the_weights(name: str) -> None:
     assert size == pytest.approx(1.0, abs=0.06)
 
 
-def test_shrinkage_is_skipped_only_where_it_does_nothing() -> None:
-    """What is left out as inactive is exactly zero."""
-    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)) * 0.2
-    panel = Panel(weight, 64)
-    step = (panel.high - panel.low) / 3
-    zero = -panel.low / step
-    codes = panel.codes(invert(step), zero, 3)
-    found = hqq.Outliers.find(panel, step, zero, 3, hqq.BETA)
-    assert found is not None
-    size = (panel.weights - (codes - zero) * step).abs()
-    taken = (size - size ** (hqq.LP_NORM - 1) / hqq.BETA).clamp(min=0)
-    taken = taken.sum(dim=0)
-    without = torch.ones(len(step), dtype=torch.bool)
-    without[found.groups] = False
-    assert 0 < int(without.sum()) < len(step)
-    assert not taken[without].any()
-    assert bool((found.total.abs() <= taken[found.groups] * 1.0001).all())
+@pytest.mark.parametrize("name", ["q2g64", "q2g16s4", "q3g32s4", "q4g64", "q6g64"])
+def test_the_size_of_the_weights_does_not_matter(name: str) -> None:
+    """Of a hundred times as large weights the same share is lost."""
+    weight = MATRICES["normal 0.02"]
+    quantizer = get_quantizer()
+    lost = [
+        squared_error(quantize_matrix(weight * size, SCHEMES[name], quantizer), weight * size)
+        / size**2
+        for size in (1.0, 400.0)
+    ]
+    assert lost[1] == pytest.approx(lost[0], rel=2e-3)
 
 
 def test_short_groups_are_a_panel_of_their_own() -> None:

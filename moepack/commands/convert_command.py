@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quantizer",
-    help="hqq, search, gptq, rtn or hqq-lib.  [default: hqq; gptq with --calibrate]",
+    help="hqq, search, gptq, rtn or hqq-lib.  [default: gptq with --calibrate; without, search at "
+    "2 bits and hqq at others]",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub source.")
 @click.option("--force", is_flag=True, help="Overwrite what the output folder holds.")
@@ -91,7 +92,7 @@ def command(
     """
     set_up(verbose)
     from moepack.convert.calibrated import calibration_ids, check_calibration
-    from moepack.convert.options import ConvertOptions
+    from moepack.convert.options import ConvertOptions, default_quantizer
     from moepack.convert.output_folder import STAGE_NAME, check_usable
     from moepack.convert.plan import make_plan
     from moepack.convert.run import convert
@@ -105,7 +106,8 @@ def command(
         refuse_with("one scheme for all experts: no --budget, no decimal --expert-bits", "mix")
     if calibrate is None:
         refuse_with("a conversion without --calibrate", "calibrate_tokens")
-    quantizer = quantizer or ("hqq" if calibrate is None else "gptq")
+    if quantizer is None:
+        quantizer = default_quantizer(expert_bits, scheme, calibrated=calibrate is not None)
     check_calibration(quantizer, calibrate)
     options = ConvertOptions(
         attn_bits=attn_bits,

@@ -76,6 +76,21 @@ class ConvertOptions:
         return capped and self.scheme is None and self.mix != "none"
 
 
+def default_quantizer(expert_bits: float, scheme: str | None, *, calibrated: bool) -> str:
+    """The quantizer of who names none: what was nearest to the source of those that are fast.
+
+    Args:
+        expert_bits: As in ``ConvertOptions``.
+        scheme: Likewise.
+        calibrated: Whether calibration text is given.
+    """
+    if calibrated:
+        return "gptq"
+    # At 2 bits the longer search pays; at 3 it changes nothing (docs/quality.md).
+    two_bits = scheme == DEFAULT_SCHEME[2] if scheme else expert_bits == 2
+    return "search" if two_bits else "hqq"
+
+
 def scheme_of_bits(bits: int, dtype: torch.dtype) -> str:
     """The scheme an integer width stands for.
 

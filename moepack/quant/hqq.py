@@ -1,4 +1,4 @@
-"""Half-quadratic quantization, the default: our own vectorised solver.
+"""Half-quadratic quantization, the default from 3 bits on: our own vectorised solver.
 
 The method is Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023),
 as the hqq library 0.2.8 has it: codes and zero point are optimised in turns. What differs:

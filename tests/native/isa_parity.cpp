@@ -220,6 +220,7 @@ int main() {
     auto sum = [&] { return moepack_read(bytes.data(), static_cast<int64_t>(bytes.size()), 2); };
     check(with_isa(isa, sum) == with_isa("portable", sum), isa, "read", 0);
     tape(isa);
+    solver(isa);
     std::printf("%s: done\n", isa);
   }
   refusals();

@@ -90,4 +90,7 @@ template <class F> auto with_isa(const char* isa, F&& compute) {
 // A recorded token's steps on this instruction set and on portable C++ (tape_parity.cpp).
 void tape(const char* isa);
 
+// What quantizers compute, likewise (solver_parity.cpp).
+void solver(const char* isa);
+
 }  // namespace parity

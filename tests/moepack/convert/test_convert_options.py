@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moepack.convert.options import default_quantizer
 from moepack_formats.errors import UsageError
 from moepack_formats.manifest import Manifest
 from moepack_formats.schemes import SCHEMES
@@ -309,3 +311,26 @@ def test_options_refuse_what_they_cannot_be() -> None:
     ):
         with pytest.raises(UsageError):
             ConvertOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("expert_bits", "scheme", "calibrated", "wanted"),
+    [
+        (3.0, None, False, "hqq"),
+        (2.0, None, False, "search"),
+        (2.6, None, False, "hqq"),
+        (3.0, "q2g16s4", False, "search"),
+        (2.0, "q3g16s5", False, "hqq"),
+        (2.0, None, True, "gptq"),
+    ],
+)
+def test_quantizer_of_who_names_none(
+    expert_bits: float, scheme: str | None, calibrated: bool, wanted: str
+) -> None:
+    assert default_quantizer(expert_bits, scheme, calibrated=calibrated) == wanted
+
+
+def test_two_bits_are_searched(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    assert command("convert", checkpoint, tmp_path / "out", "--expert-bits", 2).code == 0
+    recipe = json.loads((tmp_path / "out" / "moepack.json").read_text())["recipe"]
+    assert recipe["quantizer"] == "search"

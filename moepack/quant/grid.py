@@ -79,9 +79,9 @@ class Groups:
     def code_sum(self, inverse: Tensor, zero: Tensor, top: int) -> Tensor:
         """Sum ``[N]`` of these codes."""
         if native.available():
-            return native.code_sums(self.weights, self.measure, inverse, zero, top, squares=False)[
-                0
-            ]
+            grid = inverse, zero, top
+            (total,) = native.code_sums(self.weights, self.measure, *grid, squares=False)
+            return total
         return self.total(self.codes(inverse, zero, top))
 
     def moments(self, inverse: Tensor, zero: Tensor, top: int) -> Moments:

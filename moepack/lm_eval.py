@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from moepack.commands.common import physical_cores
+from moepack.commands.common import pack_tokenizer, physical_cores
 from moepack_formats.errors import MoepackError, UsageError
-from moepack_runtime.loading import load_pack, load_tokenizer
+from moepack_runtime.loading import load_pack
 from moepack_runtime.options import RuntimeOptions
 
 try:
@@ -66,9 +66,7 @@ class PackLM(HFLM):  # type: ignore[misc]
         torch.set_num_threads(threads)
         ours["device"] = _chosen(device)
         model = load_pack(pretrained, revision=revision, dtype=found, **ours)
-        tokenizer = load_tokenizer(model.moepack.pack.folder)
-        if tokenizer is None:
-            raise UsageError("the pack has no tokenizer: its source had none", where=pretrained)
+        tokenizer = pack_tokenizer(model, pretrained)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **arguments)
         # For the report; what was given above is the model itself.
         self.pretrained, self.revision = pretrained, revision or "main"

@@ -134,12 +134,10 @@ class StreamedModel:
             for thread in threads:
                 yield thread.logits()
 
-    def pass_layers(
-        self, batches: Sequence[Tensor], progress: Callable[[int], Any] | None = None
-    ) -> None:
+    def pass_layers(self, batches: Sequence[Tensor]) -> None:
         """As ``run``, for the observer alone: no logits are computed."""
         with self._threads(batches) as threads:
-            self._pass(threads, progress)
+            self._pass(threads)
 
     @contextlib.contextmanager
     def _threads(self, batches: Sequence[Tensor]) -> Iterator[list[BatchThread]]:
@@ -156,7 +154,9 @@ class StreamedModel:
             for module in self._layers.values():
                 module.__dict__.pop("forward", None)
 
-    def _pass(self, threads: Sequence[BatchThread], progress: Callable[[int], Any] | None) -> None:
+    def _pass(
+        self, threads: Sequence[BatchThread], progress: Callable[[int], Any] | None = None
+    ) -> None:
         """Bring all batches through all decoder layers."""
         asked = [thread.start() for thread in threads]
         passed = 0

@@ -42,19 +42,18 @@ class Journal:
     Args:
         folder: The output folder; it must exist.
         fingerprint: Names the source and every option that changes a byte of the output.
-        start_over: Forget an earlier journal.
 
     Raises:
         UsageError: The folder holds an unfinished conversion with another fingerprint.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, *, start_over: bool = False) -> None:
+    def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / JOURNAL_NAME
         self._digests: dict[str, list[str]] = {}
         self._finished: dict[str, FinishedFile] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         with osio.io_errors(self.path):
-            self._descriptor = os.open(self.path, flags | (os.O_TRUNC if start_over else 0), 0o644)
+            self._descriptor = os.open(self.path, flags, 0o644)
         try:
             self._read(folder, fingerprint)
         except BaseException:

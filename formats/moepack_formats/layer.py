@@ -68,6 +68,10 @@ class LayerPlan:
         """Experts of the layer."""
         return len(self.spec_of)
 
+    def spec(self, expert: int) -> RecordSpec:
+        """The record layout of one expert."""
+        return self.specs[self.spec_of[expert]]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its records."""
@@ -110,9 +114,7 @@ def layer_writer(
         )
         return {"format": "pt", METADATA_KEY: strict_json.dumps(header)}
 
-    tensors = [
-        TensorPlan(f"experts.{e}", "U8", (plan.specs[plan.spec_of[e]].nbytes,)) for e in experts
-    ]
+    tensors = [TensorPlan(f"experts.{e}", "U8", (plan.spec(e).nbytes,)) for e in experts]
     return TensorFileWriter(folder, name, tensors, metadata, journal)
 
 

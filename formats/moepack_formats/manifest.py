@@ -58,6 +58,11 @@ class Sizes:
     source_nbytes: int
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of experts and trunk."""
+        return self.expert_nbytes + self.trunk_nbytes
+
+    @property
     def expert_bits(self) -> float:
         """True bits an expert weight, metadata and padding included."""
         return self.expert_nbytes * 8 / max(self.expert_parameters, 1)
@@ -70,8 +75,7 @@ class Sizes:
     @property
     def total_bits(self) -> float:
         """True bits a weight over the whole model."""
-        parameters = self.expert_parameters + self.trunk_parameters
-        return (self.expert_nbytes + self.trunk_nbytes) * 8 / max(parameters, 1)
+        return self.nbytes * 8 / max(self.expert_parameters + self.trunk_parameters, 1)
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,20 @@ def load(
     return model
 
 
+def pack_tokenizer(model: Any, pack: str) -> Any:
+    """The tokenizer of a loaded pack; ``pack`` is what the user named.
+
+    Raises:
+        UsageError: The pack has none.
+    """
+    from moepack_runtime.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model.moepack.pack.folder)
+    if tokenizer is None:
+        raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+    return tokenizer
+
+
 def given(*names: str) -> list[str]:
     """Which of some options, by parameter name, stand on the command line; as they stand there."""
     context = click.get_current_context(silent=True)

@@ -191,7 +191,7 @@ def _print_plan(plan: ConversionPlan, out: Path, as_json: bool) -> None:
         "experts": experts,
         "expert_schemes": list(plan.expert_schemes),
         **_sizes_json(sizes),
-        "disk_needed": plan.nbytes + plan.checkpoint.staged_nbytes,
+        "disk_needed": sizes.nbytes + plan.checkpoint.staged_nbytes,
         "disk_staged": plan.checkpoint.staged_nbytes,
         "disk_free": free_nbytes(out),
         "memory_needed": plan.memory_nbytes,
@@ -212,7 +212,7 @@ def _disk(plan: ConversionPlan, out: Path) -> str:
     from moepack_runtime.disk.room import free_nbytes
 
     staged = plan.checkpoint.staged_nbytes
-    needed = f"{format_size(plan.nbytes + staged)} needed"
+    needed = f"{format_size(plan.sizes.nbytes + staged)} needed"
     if staged:
         needed += f" ({format_size(staged)} of it for shards of the source, gone afterwards)"
     return f"{needed}, {format_size(free_nbytes(out))} free"
@@ -236,11 +236,9 @@ def _print_result(manifest: Manifest, out: Path, as_json: bool) -> None:
         print_json({"pack": str(out), **_sizes_json(sizes)})
         return
     _print_sizes(sizes, ", ".join(manifest.recipe.expert_schemes))
-    packed = sizes.expert_nbytes + sizes.trunk_nbytes
-    saved = 1 - packed / max(sizes.source_nbytes, 1)
-    click.echo(
-        f"saved   {format_size(sizes.source_nbytes)} -> {format_size(packed)}, {saved:.0%} smaller"
-    )
+    before, after = format_size(sizes.source_nbytes), format_size(sizes.nbytes)
+    saved = 1 - sizes.nbytes / max(sizes.source_nbytes, 1)
+    click.echo(f"saved   {before} -> {after}, {saved:.0%} smaller")
     click.echo(f"pack    {out}")
 
 

@@ -16,6 +16,7 @@ from moepack_formats.errors import UsageError
 from .common import (
     common_options,
     load,
+    pack_tokenizer,
     print_json,
     read_text,
     runtime_options,
@@ -65,11 +66,8 @@ def command(
     from tqdm import tqdm
 
     from moepack.perplexity import measure
-    from moepack_runtime.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model.moepack.pack.folder)
-    if tokenizer is None:
-        raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+    tokenizer = pack_tokenizer(model, pack)
     ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:max_tokens])
     if source is not None:
         scores = _compare(model, ids, source)

@@ -16,6 +16,7 @@ from moepack_formats.errors import UsageError
 from .common import (
     common_options,
     load,
+    pack_tokenizer,
     print_json,
     runtime_options,
     say,
@@ -98,7 +99,6 @@ def command(
         prompt = _standard_input()
     if prompt == "":
         raise UsageError("the prompt is empty")
-
     if "" in stop:
         raise UsageError("--stop is empty")
     stops = [("--stop", text) for text in stop]
@@ -181,14 +181,11 @@ class Writer:
     """
 
     def __init__(self, pack: str, model: Any, options: dict[str, Any]) -> None:
-        from moepack_runtime.loading import load_tokenizer
         from moepack_runtime.prefix_reuse import PrefixReuse
 
         self._model, self._options = model, options
         self._texts = PrefixReuse(model)
-        self._tokenizer: Any = load_tokenizer(model.moepack.pack.folder)
-        if self._tokenizer is None:
-            raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+        self._tokenizer = pack_tokenizer(model, pack)
 
     def text_ids(self, text: str) -> Any:
         """Token ids ``[1, T]`` of plain text."""

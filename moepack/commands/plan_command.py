@@ -63,15 +63,8 @@ def command(
     Where none fits, the figures are printed all the same, and what is missing (exit code 5).
     """
     set_up(verbose)
-    from moepack.convert.sizing import (
-        Machine,
-        best,
-        disk_speed,
-        lacking,
-        memory_speed,
-        recipes,
-        sizes_of,
-    )
+    from moepack.convert.bandwidth import disk_speed, memory_speed
+    from moepack.convert.sizing import Machine, best, lacking, recipes, sizes_of
     from moepack.convert.sources.checkpoint import source_config
     from moepack_runtime.cache.residency import fixed_nbytes
     from moepack_runtime.disk.room import free_nbytes

@@ -18,7 +18,15 @@ import click
 from moepack_formats import osio
 from moepack_formats.errors import ResourceError, UsageError
 
-from .common import common_options, load, print_json, runtime_options, say, set_up
+from .common import (
+    common_options,
+    load,
+    pack_tokenizer,
+    print_json,
+    runtime_options,
+    say,
+    set_up,
+)
 
 _NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
 
@@ -77,12 +85,9 @@ def _serve(
 
     from moepack.server.app import build_app
     from moepack.server.handlers import Handlers
-    from moepack_runtime.loading import load_tokenizer
 
     model = load(pack, **runtime)
-    tokenizer = load_tokenizer(model.moepack.pack.folder)
-    if tokenizer is None:
-        raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+    tokenizer = pack_tokenizer(model, pack)
     name = Path(pack).resolve().name if Path(pack).is_dir() else pack
     handlers = Handlers(name, model, tokenizer)
     url = f"http://{_in_url(host)}:{sockets[0].getsockname()[1]}/v1"

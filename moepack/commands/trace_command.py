@@ -14,7 +14,16 @@ from moepack_formats import osio
 from moepack_formats.errors import MoepackError, ResourceError, UsageError
 from moepack_formats.manifest import MANIFEST_NAME
 
-from .common import common_options, load, print_json, read_text, runtime_options, say, set_up
+from .common import (
+    common_options,
+    load,
+    pack_tokenizer,
+    print_json,
+    read_text,
+    runtime_options,
+    say,
+    set_up,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,11 +105,7 @@ def command(
 def _token_ids(model: Any, content: str, max_tokens: int | None, pack: str) -> Tensor:
     import torch
 
-    from moepack_runtime.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model.moepack.pack.folder)
-    if tokenizer is None:
-        raise UsageError("the pack has no tokenizer: its source had none", where=pack)
+    tokenizer = pack_tokenizer(model, pack)
     ids = tokenizer(content, verbose=False)["input_ids"][:max_tokens]
     if len(ids) < 2:
         raise UsageError("the text is too short", wanted="two tokens", got=len(ids))

@@ -23,7 +23,7 @@ from moepack_formats.errors import UsageError
 from .calibration import FOLDER_NAME, Calibration, record
 from .mixed import Losses, measure, mix
 from .plan import ConversionPlan, with_layers
-from .sources.source_tokenizer import source_tokenizer
+from .source_tokenizer import source_tokenizer
 
 if TYPE_CHECKING:
     from .run import Progress

@@ -160,6 +160,11 @@ class Calibration:
         return line
 
 
+def first_projections(parts: dict[str, Tensor]) -> tuple[str, ...]:
+    """The projections that an expert's input goes through: gate and up, or up alone."""
+    return ("gate", "up") if "gate" in parts else ("up",)
+
+
 def inner_activations(parts: dict[str, Tensor], adapter: ExpertsAdapter, x: Tensor) -> Tensor:
     """What enters ``down``: ``[n, H]`` float32 to ``[n, I]``."""
 
@@ -167,9 +172,9 @@ def inner_activations(parts: dict[str, Tensor], adapter: ExpertsAdapter, x: Tens
         bias = parts.get(f"{name}_bias")
         return F.linear(x, parts[name].float(), None if bias is None else bias.float())
 
-    names = ("gate", "up") if "gate" in parts else ("up",)
     with torch.no_grad():
-        return adapter.activate(torch.cat([project(name) for name in names], dim=-1))
+        projected = [project(name) for name in first_projections(parts)]
+        return adapter.activate(torch.cat(projected, dim=-1))
 
 
 def record(

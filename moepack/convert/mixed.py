@@ -25,13 +25,13 @@ from moepack.quant import InputAwareQuantizer, Quantizer, get_quantizer, quantiz
 from moepack_formats.errors import UsageError
 from moepack_formats.layer import LayerPlan
 from moepack_formats.matrix import dequantize
-from moepack_formats.record import RecordSpec, plan_record
 from moepack_formats.schemes import get_scheme
 from moepack_runtime.experts import ExpertsAdapter
 from moepack_runtime.options import format_size
 
-from .calibration import Calibration, ExpertInputs, inner_activations
+from .calibration import Calibration, ExpertInputs, first_projections, inner_activations
 from .knapsack import Floats, Ints, choose
+from .plan import expert_record
 from .sources.mapping import WeightMapping
 
 CANDIDATES = ("q2g64", "q2g16s4", "q3g16s5", "q4g64")
@@ -126,7 +126,8 @@ def mix(
     """
     pairs = [(a, b) for a in range(len(CANDIDATES)) for b in range(len(CANDIDATES))]
     specs = [
-        [_spec(adapter, CANDIDATES[a], CANDIDATES[b]) for a, b in pairs] for adapter in adapters
+        [expert_record(adapter, CANDIDATES[a], CANDIDATES[b]) for a, b in pairs]
+        for adapter in adapters
     ]
     owner = np.repeat(np.arange(len(adapters)), [a.num_experts for a in adapters])  # [E]
     lost = losses.first[:, [a for a, _ in pairs]] + losses.down[:, [b for _, b in pairs]]
@@ -165,17 +166,6 @@ def _sum_by(values: npt.NDArray[N], owner: Ints) -> npt.NDArray[N]:
     return out
 
 
-def _spec(adapter: ExpertsAdapter, first: str, down: str) -> RecordSpec:
-    return plan_record(
-        adapter.hidden_size,
-        adapter.intermediate_size,
-        first,
-        down,
-        gated=adapter.gated,
-        bias=adapter.has_bias,
-    )
-
-
 def _quantized(
     parts: Parts,
     names: Sequence[str],
@@ -198,10 +188,6 @@ def _quantized(
     return changed
 
 
-def _first(parts: Parts) -> list[str]:
-    return ["gate", "up"] if "gate" in parts else ["up"]
-
-
 def _of_weights(parts: Parts, quantizer: Quantizer, where: str) -> tuple[list[float], list[float]]:
     """Relative squared errors of an expert's matrices, by candidate."""
 
@@ -212,7 +198,7 @@ def _of_weights(parts: Parts, quantizer: Quantizer, where: str) -> tuple[list[fl
         return error / max(power, 1e-30)
 
     return (
-        [lost(_first(parts), scheme) for scheme in CANDIDATES],
+        [lost(first_projections(parts), scheme) for scheme in CANDIDATES],
         [lost(["down"], scheme) for scheme in CANDIDATES],
     )
 
@@ -248,7 +234,7 @@ def _of_outputs(
 
     first, second = [], []
     for scheme in CANDIDATES:
-        changed = _quantized(parts, _first(parts), scheme, quantizer, where, known)
+        changed = _quantized(parts, first_projections(parts), scheme, quantizer, where, known)
         off = inner_activations(changed, adapter, x) - inner
         first.append(lost(off, parts["down"].float()))
         down = _quantized(parts, ["down"], scheme, quantizer, where, known)["down"]

@@ -22,7 +22,8 @@ from moepack_runtime.options import format_size
 from .meta_model import build_meta_model
 from .options import RAW_SCHEMES, ConvertOptions, scheme_of_bits
 from .sources.checkpoint import Checkpoint
-from .sources.mapping import Target, WeightMapping
+from .sources.mapping import WeightMapping
+from .sources.source_groups import Target
 from .trunk_policy import KeptLinear, TrunkPolicy, has_tied_head, head_policy, trunk_policy
 
 SAFETENSORS_DTYPES = {
@@ -97,11 +98,6 @@ class ConversionPlan:
     def adapters(self) -> list[ExpertsAdapter]:
         """The experts modules, in the order of ``layers``."""
         return self.mapping.adapters
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of experts and trunk in the pack."""
-        return self.sizes.expert_nbytes + self.sizes.trunk_nbytes
 
     @property
     def expert_schemes(self) -> tuple[str, ...]:
@@ -206,7 +202,7 @@ def _plan_layers(
 ) -> tuple[LayerPlan, ...]:
     def planned(scheme: str) -> tuple[LayerPlan, ...]:
         return tuple(
-            LayerPlan(i, a.name, (_record(a, scheme),), (0,) * a.num_experts)
+            LayerPlan(i, a.name, (expert_record(a, scheme, scheme),), (0,) * a.num_experts)
             for i, a in enumerate(adapters)
         )
 
@@ -243,12 +239,13 @@ def _plan_layers(
     )
 
 
-def _record(adapter: ExpertsAdapter, scheme: str) -> RecordSpec:
+def expert_record(adapter: ExpertsAdapter, gate_up_scheme: str, down_scheme: str) -> RecordSpec:
+    """The record of each of a module's experts with gate and up in one scheme, down in another."""
     return plan_record(
         adapter.hidden_size,
         adapter.intermediate_size,
-        scheme,
-        scheme,
+        gate_up_scheme,
+        down_scheme,
         gated=adapter.gated,
         bias=adapter.has_bias,
     )

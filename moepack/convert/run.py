@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moepack import __version__
-from moepack.hub.card import model_card
+from moepack.hub.card import CARD_NAME, model_card
 from moepack.quant import Quantizer, get_quantizer, quantize_matrix
 from moepack_formats import FORMAT_VERSION, checksum, osio
 from moepack_formats.errors import FormatError, IntegrityError
@@ -113,9 +113,10 @@ def convert(
     check_apart(plan.checkpoint.folder, out)
     ids = calibration_ids(plan)  # a text of no use is refused before anything is written
     with locked(out):
-        if check_locked(out, fingerprint(plan), force=force):
+        identity = fingerprint(plan)
+        if check_locked(out, identity, force=force):
             manifest = read_manifest(out)
-            with closing(Journal(out, fingerprint(plan))) as journal:
+            with closing(Journal(out, identity)) as journal:
                 _clean_up(plan, out, journal)
             return manifest
         # Before an old pack is given up. What it takes will be free, or is already done.
@@ -125,15 +126,15 @@ def convert(
         done += sum(path.stat().st_blocks * 512 for path in stage if path.is_file())
         staged = plan.checkpoint.staged_nbytes
         check_space(
-            out, plan.nbytes + staged + calibration_nbytes(plan) + _SMALL_FILES_NBYTES - done
+            out, plan.sizes.nbytes + staged + calibration_nbytes(plan) + _SMALL_FILES_NBYTES - done
         )
         if force:
             clear_old_pack(out)
             forget(out)
-        with closing(Journal(out, fingerprint(plan))) as journal:
+        with closing(Journal(out, identity)) as journal:
             calibration = None
             if ids is not None:
-                calibration = calibrate(plan, ids, out, fingerprint(plan), progress)
+                calibration = calibrate(plan, ids, out, identity, progress)
             plan = choose_schemes(plan, calibration, out, progress)
             progress.start(plan.sizes.expert_parameters + plan.sizes.trunk_parameters)
             manifest = _Conversion(plan, out, quantizer, journal, progress, calibration).run()
@@ -201,7 +202,7 @@ class _Conversion:
         for name in names:
             self._list_small_file(name)
         manifest = self._manifest(entries)
-        osio.write_file(self.out / "README.md", model_card(manifest))
+        osio.write_file(self.out / CARD_NAME, model_card(manifest))
         return manifest
 
     def _layer(self, layer: LayerPlan) -> LayerEntry:
@@ -210,12 +211,11 @@ class _Conversion:
             writer = layer_writer(self.out, layer, name, experts, self.journal)
             with closing(writer):
                 done = writer.resume()
-                skipped = [layer.specs[layer.spec_of[e]].parameters for e in experts[:done]]
-                self.progress.advance(sum(skipped), name)
+                self.progress.advance(sum(layer.spec(e).parameters for e in experts[:done]), name)
                 for expert, record in self._records(layer, experts[done:]):
                     writer.append(record)
-                    parameters = layer.specs[layer.spec_of[expert]].parameters
-                    self.progress.advance(parameters, f"layer {layer.index}, expert {expert}")
+                    what = f"layer {layer.index}, expert {expert}"
+                    self.progress.advance(layer.spec(expert).parameters, what)
                 self._list_file(name, writer.finish())
             names.append(name)
         return LayerEntry(layer.index, layer.module, layer.num_experts, tuple(names))
@@ -224,15 +224,12 @@ class _Conversion:
         """Records in order. One expert is read, one quantized and one packed at the same time."""
         adapter = self.plan.adapters[layer.index]
         read = one_ahead((e, self.plan.mapping.experts(adapter, e)) for e in experts)
-        quantized = one_ahead(
-            (e, layer.specs[layer.spec_of[e]], self._parts(layer, e, tensors))
-            for e, tensors in read
-        )
-        for expert, spec, parts in quantized:
-            yield expert, pack_record(spec, parts)
+        quantized = one_ahead((e, self._parts(layer, e, tensors)) for e, tensors in read)
+        for expert, parts in quantized:
+            yield expert, pack_record(layer.spec(expert), parts)
 
     def _parts(self, layer: LayerPlan, expert: int, tensors: dict[str, Tensor]) -> dict[str, Part]:
-        adapter, spec = self.plan.adapters[layer.index], layer.specs[layer.spec_of[expert]]
+        adapter, spec = self.plan.adapters[layer.index], layer.spec(expert)
         inputs = None
         if self.calibration is not None:
             inputs = self.calibration.expert(

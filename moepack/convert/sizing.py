@@ -8,20 +8,11 @@ experts more than for others.
 
 from __future__ import annotations
 
-import mmap
-import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-import torch
-
-from moepack_formats import osio
 from moepack_formats.errors import ResourceError, UsageError
-from moepack_formats.record import plan_record
 from moepack_formats.schemes import DEFAULT_SCHEME, get_scheme
 from moepack_runtime.experts import find_experts
 from moepack_runtime.gpu.tier import WORK_SHARE
@@ -30,6 +21,7 @@ from moepack_runtime.options import format_size
 
 from .meta_model import build_meta_model
 from .options import INTEGER_BITS, ConvertOptions
+from .plan import expert_record
 from .trunk_policy import has_tied_head, head_policy, trunk_policy
 
 RECIPES = ("q8g64", "q6g64", "q4g64", "q3g16s5", "q2g16s4", "q2g64")
@@ -44,7 +36,6 @@ _TOP_K = (
     "moe_k",
     "top_k_experts",
 )
-_TEST_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -166,16 +157,9 @@ def sizes_of(
     parameters = 0
     for adapter in adapters:
         for name in RECIPES:
-            spec = plan_record(
-                adapter.hidden_size,
-                adapter.intermediate_size,
-                name,
-                name,
-                gated=adapter.gated,
-                bias=adapter.has_bias,
-            )
-            whole[name] += spec.nbytes * adapter.num_experts
-            token[name] += spec.nbytes * min(top_k, adapter.num_experts)
+            nbytes = expert_record(adapter, name, name).nbytes
+            whole[name] += nbytes * adapter.num_experts
+            token[name] += nbytes * min(top_k, adapter.num_experts)
         matrices = 2 + adapter.gated
         size = adapter.hidden_size * adapter.intermediate_size * matrices
         parameters += size * adapter.num_experts
@@ -233,48 +217,6 @@ def lacking(sizes: ModelSizes, machine: Machine) -> ResourceError:
         wanted=" and ".join(f"more than {format_size(need)} of {what}" for what, need, _ in short),
         got=" and ".join(format_size(there) for *_, there in short),
     )
-
-
-def memory_speed() -> float:
-    """Bytes a second that all threads together read from memory."""
-    data = torch.ones(_TEST_NBYTES // 4, dtype=torch.float32)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - start)
-    return _TEST_NBYTES / min(times)
-
-
-def disk_speed(folder: Path) -> float:
-    """Bytes a second that one thread reads from the disk of a folder, past the page cache.
-
-    Raises:
-        ResourceError: Nothing can be written there.
-    """
-    with osio.io_errors(folder), NamedTemporaryFile(dir=folder, prefix=".moepack-speed-") as file:
-        file.write(os.urandom(_TEST_NBYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        return max(_read_speeds(file.name))
-
-
-def _read_speeds(name: str) -> Iterator[float]:
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        descriptor = os.open(name, flags | getattr(os, "O_DIRECT", 0))
-    except OSError:  # a file system without direct reads
-        descriptor = os.open(name, flags)
-    try:
-        with mmap.mmap(-1, 8 << 20) as buffer:  # aligned to pages
-            for _ in range(2):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                start, done = time.perf_counter(), 0
-                while count := os.preadv(descriptor, [buffer], done):
-                    done += count
-                yield done / (time.perf_counter() - start)
-    finally:
-        os.close(descriptor)
 
 
 def _fit(

@@ -47,7 +47,6 @@ class TrunkLinear:
     name: str
     rows: int
     cols: int
-    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def trunk_policy(
         elif scheme.is_raw or scheme.packed_nbytes(rows, cols) >= rows * cols * 2:
             reason = f"{rows} x {cols} would not be smaller in {scheme.name}"
         else:
-            packed.append(TrunkLinear(name, rows, cols, module.bias is not None))
+            packed.append(TrunkLinear(name, rows, cols))
             continue
         kept.append(KeptLinear(name, reason))
     return TrunkPolicy(tuple(packed), tuple(kept))

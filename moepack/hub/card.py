@@ -10,7 +10,7 @@ from moepack_runtime.options import format_size
 MARK = "<!-- written by moepack: edits above are kept by taking this line out -->"
 """Ends a card that a later push may replace."""
 
-
+CARD_NAME = "README.md"
 MAX_CARD_NBYTES = 4 << 20
 """A README over this is no card and is not read: it goes through memory whole."""
 
@@ -77,7 +77,7 @@ def _body(manifest: Manifest, repo_id: str | None, quality: Quality | None) -> s
     )
     recipe = manifest.recipe
     trunk_schemes = f"{recipe.trunk_scheme}; head {recipe.head_scheme}"
-    pack = sizes.expert_nbytes + sizes.trunk_nbytes
+    pack = sizes.nbytes
     measured = ""
     if quality is not None:
         measured = (

@@ -30,11 +30,10 @@ from moepack_runtime.hub.progress import TransferProgress
 from moepack_runtime.hub.remote import RemoteRepo
 from moepack_runtime.options import format_size
 
-from .card import MAX_CARD_NBYTES
+from .card import CARD_NAME, MAX_CARD_NBYTES
 
 _log = logging.getLogger(__name__)
 
-CARD_NAME = "README.md"
 _STATE_NAME = "pull.json"
 
 

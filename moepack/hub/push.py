@@ -20,10 +20,9 @@ from moepack_runtime.hub.remote import LIBRARY, RemoteRepo
 from moepack_runtime.hub.retry import retrying
 from moepack_runtime.options import format_size
 
-from .card import MAX_CARD_NBYTES, Quality, is_ours, model_card
+from .card import CARD_NAME, MAX_CARD_NBYTES, Quality, is_ours, model_card
 from .upload import Item, upload
 
-CARD_NAME = "README.md"
 _log = logging.getLogger(__name__)
 
 MESSAGE = "Upload a pack with moepack"

@@ -67,32 +67,32 @@ def test_what_is_accepted(tmp_path: Path) -> None:
     assert parse(tmp_path / "a", safetensors(scalar, bytes(4))).tensors["a"].nbytes == 4
 
 
-def test_01_empty_file(check: Check) -> None:
+def test_empty_file(check: Check) -> None:
     check(b"", "file is too small .*wanted 8 bytes or more, got 0")
 
 
-def test_02_under_8_bytes(check: Check) -> None:
+def test_under_8_bytes(check: Check) -> None:
     check(b"\x10\0\0\0\0\0\0", "file is too small .*got 7")
 
 
-def test_03_length_beyond_the_file(check: Check) -> None:
+def test_length_beyond_the_file(check: Check) -> None:
     check(safetensors("{}", b"", length=3), r"header ends beyond the file \(wanted <= 2, got 3\)")
     check(safetensors("{}", b"", length=15_999_999), "header ends beyond the file")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**63 - 1, 2**64 - 1])
-def test_04_length_2_63(check: Check, length: int) -> None:
+def test_length_2_63(check: Check, length: int) -> None:
     check(safetensors("{}", length=length), f"header is over the cap .*got {length}")
 
 
-def test_05_header_over_the_cap(check: Check, tmp_path: Path) -> None:
+def test_header_over_the_cap(check: Check, tmp_path: Path) -> None:
     path = tmp_path / "layer-00003.safetensors"
     path.write_bytes(struct.pack("<Q", MAX_HEADER_NBYTES + 1) + b"{}")
     os.truncate(path, 2 * MAX_HEADER_NBYTES)
     check(path.read_bytes(), "header is over the cap")
 
 
-def test_06_not_utf8(check: Check) -> None:
+def test_not_utf8(check: Check) -> None:
     check(safetensors(b'{"a\xff": 1}'), "not UTF-8")
     check(safetensors('{"a": 1}'.encode("utf-16")), "does not start with")
     check(safetensors(b"\xef\xbb\xbf{}"), "does not start with")
@@ -100,7 +100,7 @@ def test_06_not_utf8(check: Check) -> None:
 
 @pytest.mark.parametrize("depth", [*range(950, 1010, 4), 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_07_deeply_nested(check: Check, depth: int, opening: str, closing: str) -> None:
+def test_deeply_nested(check: Check, depth: int, opening: str, closing: str) -> None:
     nested = opening * depth + "1" + closing * depth
     check(safetensors(f'{{"a":{nested}}}'), "nested too deeply|wrong type|unknown field")
     check(safetensors('{"a":' + opening * depth), "nested too deeply|does not parse")
@@ -116,11 +116,11 @@ def test_07_deeply_nested(check: Check, depth: int, opening: str, closing: str) 
         '{"a":[[{"b":0,"\\u0062":0}]]}',
     ],
 )
-def test_08_duplicate_keys(check: Check, text: str) -> None:
+def test_duplicate_keys(check: Check, text: str) -> None:
     check(safetensors(text), "stands twice in the JSON")
 
 
-def test_08_duplicate_among_many_is_found_quickly(check: Check) -> None:
+def test_duplicate_among_many_is_found_quickly(check: Check) -> None:
     keys = ",".join(f'"{i}":0' for i in [*range(300_000), 299_999])
     start = time.process_time()
     check(safetensors(f"{{{keys}}}"), "key '299999' stands twice")
@@ -128,11 +128,11 @@ def test_08_duplicate_among_many_is_found_quickly(check: Check) -> None:
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", "\0"])
-def test_09_leading_space(check: Check, space: str) -> None:
+def test_leading_space(check: Check, space: str) -> None:
     check(safetensors(f"{space}{{}}"), "does not start with")
 
 
-def test_09_text_after_the_object(check: Check) -> None:
+def test_text_after_the_object(check: Check) -> None:
     for rest in ("{}", "0", "\0", "//"):
         check(safetensors(f"{{}}{rest}"), "does not parse")
 
@@ -146,24 +146,24 @@ def test_09_text_after_the_object(check: Check) -> None:
         {"data_offsets": [0, -16]},
     ],
 )
-def test_10_negative(check: Check, fields: dict[str, object]) -> None:
+def test_negative(check: Check, fields: dict[str, object]) -> None:
     check(safetensors(one(**fields)), r"wrong type \(wanted an integer from 0 to 2\^63-1, got -")
 
 
 @pytest.mark.parametrize(
     "shape", [[2**32, 2**32], [2**62, 4], [2**62, 2**62, 0], [2**63 - 1] * 1000, [2] * 100_000]
 )
-def test_11_shape_product_overflow(check: Check, shape: list[int]) -> None:
+def test_shape_product_overflow(check: Check, shape: list[int]) -> None:
     check(safetensors(one(shape=shape)), "shape overflows")
 
 
-def test_12_offset_sum_overflow(check: Check) -> None:
+def test_offset_sum_overflow(check: Check) -> None:
     top = 2**63 - 1
     check(safetensors(one(shape=[top], data_offsets=[0, top])), "offset overflows")
     check(safetensors(one(data_offsets=[top - 16, top])), "offset overflows")
 
 
-def test_12_sizes_that_a_file_could_have_but_has_not(check: Check) -> None:
+def test_sizes_that_a_file_could_have_but_has_not(check: Check) -> None:
     size = 2**60
     text = safetensors(one(shape=[size], data_offsets=[0, size]))
     check(text, "the data ends early")
@@ -174,7 +174,7 @@ def two(begin: int, end: int, nbytes: int) -> bytes:
     return safetensors({"a": U8_16, "b": entry}, bytes(nbytes))
 
 
-def test_13_hole_or_overlap(check: Check) -> None:
+def test_hole_or_overlap(check: Check) -> None:
     check(two(17, 20, 20), "b: hole before a tensor")
     check(two(15, 20, 20), "b: tensors overlap")
     check(two(0, 16, 16), "tensors overlap")
@@ -183,17 +183,17 @@ def test_13_hole_or_overlap(check: Check) -> None:
     check(safetensors(one(shape=[15])), "offsets and shape disagree .*wanted 15 bytes, got 16")
 
 
-def test_14_trailing_bytes(check: Check) -> None:
+def test_trailing_bytes(check: Check) -> None:
     check(two(16, 20, 21), "bytes follow the last tensor")
     check(two(16, 20, 19), "the data ends early")
 
 
 @pytest.mark.parametrize("dtype", ["U4", "u8", "", "C64", "torch.uint8", "U8 "])
-def test_15_unknown_dtype(check: Check, dtype: str) -> None:
+def test_unknown_dtype(check: Check, dtype: str) -> None:
     check(safetensors(one(dtype=dtype)), "a: unknown dtype .*wanted one of BOOL, U8")
 
 
-def test_15_wrong_dtype(check: Check) -> None:
+def test_wrong_dtype(check: Check) -> None:
     check(safetensors(one(dtype="F32")), "offsets and shape disagree")
 
 

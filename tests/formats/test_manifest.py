@@ -80,8 +80,8 @@ CASES: dict[str, tuple[Damage, str]] = {
         "not a moepack manifest .*wanted moepack, got zip",
     ),
     "no format": (lambda f: f.pop("format"), "not a moepack manifest"),
-    "21 newer reader": (lambda f: f.update(min_reader=2), "needs a newer reader.*upgrade moepack"),
-    "21 newer reader, other fields": (
+    "newer reader": (lambda f: f.update(min_reader=2), "needs a newer reader.*upgrade moepack"),
+    "newer reader, other fields": (
         lambda f: (f.clear(), f.update(format="moepack", min_reader=9, novelty=1)),
         "needs a newer reader.*upgrade moepack",
     ),
@@ -98,12 +98,12 @@ CASES: dict[str, tuple[Damage, str]] = {
     "list for object": (lambda f: f.update(files=[]), "files: .*wrong type"),
     "object for list": (lambda f: f.update(layers={}), "layers: .*wrong type"),
     "null": (lambda f: f.update(generator=None), "generator: .*wrong type"),
-    "22 unknown scheme": (
+    "unknown scheme": (
         lambda f: f["packed"][HEAD].update(scheme="zstd"),
         f"{HEAD}: unknown sch",
     ),
-    "23 bits": (lambda f: f["packed"][HEAD].update(scheme="q5g64"), "unknown scheme .*'q5g64'"),
-    "23 group": (lambda f: f["packed"][HEAD].update(scheme="q4g32"), "unknown scheme .*'q4g32'"),
+    "bits": (lambda f: f["packed"][HEAD].update(scheme="q5g64"), "unknown scheme .*'q5g64'"),
+    "group": (lambda f: f["packed"][HEAD].update(scheme="q4g32"), "unknown scheme .*'q4g32'"),
     "kind": (lambda f: f["packed"][HEAD].update(kind="conv"), "unknown kind"),
     "shape": (lambda f: f["packed"][HEAD].update(shape=[0, 20]), "impossible shape"),
     "shape dimensions": (lambda f: f["packed"][HEAD].update(shape=[20]), "shape: .*2 items"),
@@ -151,7 +151,7 @@ CASES: dict[str, tuple[Damage, str]] = {
         lambda f: f["files"].update({"moepack.json": {"size": 1, "sha256": SHA}}),
         "lists itself",
     ),
-    "27 itself in capitals": (
+    "itself in capitals": (
         lambda f: f["files"].update({"MoePack.json": {"size": 1, "sha256": SHA}}),
         "differ only by case",
     ),
@@ -195,17 +195,17 @@ def test_not_json(data: bytes) -> None:
 
 BAD_NAMES = {
     "empty": "",
-    "24 parent": "../model.safetensors",
-    "24 parent inside": "experts/../../x",
-    "24 parent at the end": "experts/..",
-    "24 absolute": "/etc/passwd",
-    "24 drive": "C:\\windows\\x",
-    "24 drive with slash": "c:/windows",
-    "24 drive, relative": "C:x",
-    "24 UNC": "\\\\server\\share\\x",
-    "24 UNC with slashes": "//server/share/x",
-    "24 backslash": "experts\\layer",
-    "24 NUL": "config.json\0.txt",
+    "parent": "../model.safetensors",
+    "parent inside": "experts/../../x",
+    "parent at the end": "experts/..",
+    "absolute": "/etc/passwd",
+    "drive": "C:\\windows\\x",
+    "drive with slash": "c:/windows",
+    "drive, relative": "C:x",
+    "UNC": "\\\\server\\share\\x",
+    "UNC with slashes": "//server/share/x",
+    "backslash": "experts\\layer",
+    "NUL": "config.json\0.txt",
     "newline": "a\nb",
     "escape": "a\x1b[2Jb",
     "right to left": "a\u202eb",
@@ -218,7 +218,7 @@ BAD_NAMES = {
 
 
 @pytest.mark.parametrize("case", BAD_NAMES)
-def test_24_unsafe_names(case: str, fields: dict[str, Any]) -> None:
+def test_unsafe_names(case: str, fields: dict[str, Any]) -> None:
     fields["files"][BAD_NAMES[case]] = {"size": 1, "sha256": SHA}
     error = refused(FormatError, "unsafe file name", lambda: read(fields))
     assert "\0" not in str(error)
@@ -232,14 +232,14 @@ def test_plain_names_pass() -> None:
 @pytest.mark.parametrize(
     "names", [("config.json", "Config.json"), ("a/ß", "a/SS"), ("\u00e9", "e\u0301")]
 )
-def test_27_names_that_collide(names: tuple[str, str], fields: dict[str, Any]) -> None:
+def test_names_that_collide(names: tuple[str, str], fields: dict[str, Any]) -> None:
     refused(FormatError, "file names differ only by case", lambda: check_names(names))
     for name in names:
         fields["files"][name] = {"size": 1, "sha256": SHA}
     refused(FormatError, "file names differ only by case", lambda: read(fields))
 
 
-def test_20_manifest_absent(tmp_path: Path) -> None:
+def test_manifest_absent(tmp_path: Path) -> None:
     refused(FormatError, "no moepack.json: run convert again", lambda: read_manifest(tmp_path))
     Journal(tmp_path, "x").close()
     refused(
@@ -250,7 +250,7 @@ def test_20_manifest_absent(tmp_path: Path) -> None:
     refused(UsageError, "no such folder", lambda: read_manifest(tmp_path / "none"))
 
 
-def test_20_manifest_that_is_only_half_there(tmp_path: Path, manifest: Manifest) -> None:
+def test_manifest_that_is_only_half_there(tmp_path: Path, manifest: Manifest) -> None:
     data = to_json(manifest)
     for size in range(0, len(data) - 2, 97):
         (tmp_path / "moepack.json").write_bytes(data[:size])

@@ -115,7 +115,7 @@ def test_padding_is_zero_and_unread() -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_35_scales_that_are_not_finite_are_refused(name: str, value: float) -> None:
+def test_scales_that_are_not_finite_are_refused(name: str, value: float) -> None:
     scheme = get_scheme(name)
     fields = ("outer_scales", "outer_minima") if scheme.scale_bits != 16 else ("scales", "minima")
     for field in fields:
@@ -129,7 +129,7 @@ def test_35_scales_that_are_not_finite_are_refused(name: str, value: float) -> N
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_35_scales_that_a_file_cannot_hold_are_refused(name: str) -> None:
+def test_scales_that_a_file_cannot_hold_are_refused(name: str) -> None:
     """A float32 scale that float16 rounds to infinity, a code over its bits."""
     scheme = get_scheme(name)
     matrix = random_matrix(scheme, 4, 64, rng())

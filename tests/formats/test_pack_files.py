@@ -73,14 +73,14 @@ def test_a_pack_can_be_read_while_it_is_made_again(pack: Path) -> None:
     assert old == again
 
 
-def test_18_expert_count(pack: Path, manifest: Manifest) -> None:
+def test_expert_count(pack: Path, manifest: Manifest) -> None:
     for count in (EXPERTS - 1, EXPERTS + 1, 2**63 - 1):
         layers = (replace(manifest.layers[0], num_experts=count), *manifest.layers[1:])
         rewrite_manifest(pack, manifest, layers=layers)
         refused(FormatError, "expert count differs from the manifest's", lambda: opened(pack))
 
 
-def test_19_missing_expert(tmp_path: Path) -> None:
+def test_missing_expert(tmp_path: Path) -> None:
     """A split layer whose manifest forgets a file."""
     manifest = build_pack(tmp_path, max_nbytes=5000)
     layer = manifest.layers[1]
@@ -91,7 +91,7 @@ def test_19_missing_expert(tmp_path: Path) -> None:
         refused(FormatError, "layer 1: experts are missing", lambda: opened(tmp_path))
 
 
-def test_19_missing_experts_of_a_huge_count(pack: Path, manifest: Manifest) -> None:
+def test_missing_experts_of_a_huge_count(pack: Path, manifest: Manifest) -> None:
     """Manifest and file agree on 2^62 experts; nothing of that size is made."""
     path = pack / LAYER
     data = path.read_bytes()
@@ -106,7 +106,7 @@ def test_19_missing_experts_of_a_huge_count(pack: Path, manifest: Manifest) -> N
 
 
 @pytest.mark.parametrize("name", [LAYER, "model.safetensors", "config.json"])
-def test_19_missing_file(pack: Path, name: str) -> None:
+def test_missing_file(pack: Path, name: str) -> None:
     (pack / name).unlink()
     error = refused(FormatError, f"{name}: file is missing", lambda: opened(pack))
     assert "convert again" in str(error)
@@ -119,14 +119,14 @@ def test_folder_part_that_is_a_file(pack: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [LAYER, "config.json", "moepack.json"])
-def test_25_link_that_leaves_the_pack(pack: Path, tmp_path: Path, name: str) -> None:
+def test_link_that_leaves_the_pack(pack: Path, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     shutil.move(pack / name, outside)
     (pack / name).symlink_to(outside)
     refused(FormatError, "a symbolic link leaves the pack", lambda: opened(pack))
 
 
-def test_25_linked_folder_and_loops(pack: Path, tmp_path: Path) -> None:
+def test_linked_folder_and_loops(pack: Path, tmp_path: Path) -> None:
     shutil.move(pack / "experts", tmp_path / "elsewhere")
     (pack / "experts").symlink_to(tmp_path / "elsewhere")
     refused(FormatError, "a symbolic link leaves the pack", lambda: opened(pack))
@@ -135,7 +135,7 @@ def test_25_linked_folder_and_loops(pack: Path, tmp_path: Path) -> None:
     refused(FormatError, "cannot follow the path|file is missing", lambda: opened(pack))
 
 
-def test_25_link_inside_and_linked_root_pass(pack: Path, tmp_path: Path) -> None:
+def test_link_inside_and_linked_root_pass(pack: Path, tmp_path: Path) -> None:
     (pack / LAYER).rename(pack / "experts" / "real")
     (pack / LAYER).symlink_to("real")
     link = tmp_path / "link"
@@ -159,13 +159,13 @@ def hub_cache(pack: Path, root: Path) -> Path:
     return snapshot
 
 
-def test_25_links_of_a_hub_cache_pass(pack: Path, tmp_path: Path) -> None:
+def test_links_of_a_hub_cache_pass(pack: Path, tmp_path: Path) -> None:
     snapshot = hub_cache(pack, tmp_path)
     assert (snapshot / LAYER).is_symlink()
     verify_pack(snapshot)
 
 
-def test_25_other_links_of_a_hub_cache_do_not_pass(pack: Path, tmp_path: Path) -> None:
+def test_other_links_of_a_hub_cache_do_not_pass(pack: Path, tmp_path: Path) -> None:
     snapshot = hub_cache(pack, tmp_path)
     foreign = tmp_path / "models--other--secret" / "blobs"
     foreign.mkdir(parents=True)
@@ -176,7 +176,7 @@ def test_25_other_links_of_a_hub_cache_do_not_pass(pack: Path, tmp_path: Path) -
     refused(FormatError, "unsafe", lambda: resolve_inside(snapshot, "../../blobs/x"))
 
 
-def test_26_fifo_device_folder_socket(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifo_device_folder_socket(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them is opened in a way that waits."""
     for name in (LAYER, "config.json", "moepack.json"):
         path = pack / name
@@ -199,7 +199,7 @@ def test_26_fifo_device_folder_socket(pack: Path, monkeypatch: pytest.MonkeyPatc
     opened(pack)
 
 
-def test_29_truncated_layer_file(pack: Path) -> None:
+def test_truncated_layer_file(pack: Path) -> None:
     # Data starts at 4096; the records are 4096, 8192 and 4096 bytes.
     for size, expert in ((4096, 0), (8191, 0), (8192, 1), (16383, 1), (16384, 2), (20479, 2)):
         os.truncate(pack / LAYER, size)
@@ -213,18 +213,18 @@ def test_29_truncated_layer_file(pack: Path) -> None:
             file.truncate(20480)
 
 
-def test_29_truncated_trunk(pack: Path) -> None:
+def test_truncated_trunk(pack: Path) -> None:
     os.truncate(pack / "model.safetensors", 5000)
     refused(IntegrityError, "model.safetensors: the file has another size", lambda: opened(pack))
 
 
-def test_14_trailing_bytes(pack: Path) -> None:
+def test_trailing_bytes(pack: Path) -> None:
     with open(pack / LAYER, "ab") as file:
         file.write(b"\0")
     refused(FormatError, f"{LAYER}: bytes follow the last record", lambda: opened(pack))
 
 
-def test_32_two_layer_files_swapped(pack: Path) -> None:
+def test_two_layer_files_swapped(pack: Path) -> None:
     (pack / LAYER).rename(pack / "x")
     (pack / OTHER).rename(pack / LAYER)
     (pack / "x").rename(pack / OTHER)
@@ -236,7 +236,7 @@ def test_32_two_layer_files_swapped(pack: Path) -> None:
     assert "wanted layer 0 (model.layers.0.mlp.experts), got layer 1" in str(error)
 
 
-def test_32_two_files_of_one_layer_swapped(tmp_path: Path) -> None:
+def test_two_files_of_one_layer_swapped(tmp_path: Path) -> None:
     manifest = build_pack(tmp_path, max_nbytes=5000)
     first, _, last = (tmp_path / name for name in manifest.layers[0].files)
     first.rename(tmp_path / "x")
@@ -263,7 +263,7 @@ def test_header_altered_but_consistent(pack: Path) -> None:
     assert "restore the file or convert again" in str(error)
 
 
-def test_48_too_many_open_files(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, count = os.open, 0
 
     def limited(path: object, flags: int, *rest: int) -> int:

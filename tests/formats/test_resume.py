@@ -150,24 +150,13 @@ def test_finished_files_are_not_written_again(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_other_options_are_refused(tmp_path: Path, complete: bytes) -> None:
+def test_other_options_are_refused(tmp_path: Path) -> None:
     start(tmp_path, 2)
     before = contents(tmp_path)
     error = refused(UsageError, "another source or other options", lambda: Journal(tmp_path, "y"))
     assert "--force to start over" in str(error)
     assert contents(tmp_path) == before
     assert go_on(tmp_path)[0] == 2
-
-
-def test_starting_over_forgets(tmp_path: Path) -> None:
-    start(tmp_path, 2)
-    journal = Journal(tmp_path, "y", start_over=True)
-    assert journal.digests(LAYER) == []
-    facts = write_layer(tmp_path, PLAN, RECORDS, journal, 10**9)
-    assert journal.finished(LAYER) == facts[LAYER]
-    journal.remove()
-    assert not (tmp_path / JOURNAL_NAME).exists()
-    journal.close()
 
 
 NOTE = json.dumps({"file": LAYER, "xxh3": "0" * 32}).encode()

@@ -69,7 +69,7 @@ def test_split_layers(tmp_path: Path) -> None:
     assert (report.files, report.records) == (8, 6)
 
 
-def test_30_flipped_payload_bit(pack: Path) -> None:
+def test_flipped_payload_bit(pack: Path) -> None:
     # The records start at 4096, 8192 and 16384.
     for at, expert in ((4096, 0), (8191, 0), (8192, 1), (16383, 1), (20479, 2)):
         flip(pack / LAYER, at)
@@ -84,7 +84,7 @@ def test_30_flipped_payload_bit(pack: Path) -> None:
     verify_pack(pack)
 
 
-def test_31_flipped_scale(pack: Path, manifest: Manifest) -> None:
+def test_flipped_scale(pack: Path) -> None:
     """In expert 1 the scales of gate's first block are at 512, so that 513 has an exponent."""
     flip(pack / LAYER, 8192 + 513, 6)
     refused(IntegrityError, "layer 0, expert 1: the record's bytes", lambda: verify_pack(pack))
@@ -102,7 +102,7 @@ def test_flipped_trunk_bit(pack: Path) -> None:
     refused(IntegrityError, "model.norm.weight", lambda: verify_pack(pack))
 
 
-def test_33_sha256_mismatch(pack: Path, manifest: Manifest) -> None:
+def test_sha256_mismatch(pack: Path) -> None:
     flip(pack / "config.json", 5)
     error = refused(
         IntegrityError,
@@ -113,13 +113,13 @@ def test_33_sha256_mismatch(pack: Path, manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("name", [LAYER, "model.safetensors"])
-def test_33_sha256_of_a_tensor_file(pack: Path, manifest: Manifest, name: str) -> None:
+def test_sha256_of_a_tensor_file(pack: Path, manifest: Manifest, name: str) -> None:
     entry = replace(manifest.files[name], sha256="0" * 64)
     rewrite_manifest(pack, manifest, files={**manifest.files, name: entry})
     refused(IntegrityError, f"{name}: the file is not the one", lambda: verify_pack(pack))
 
 
-def test_32_exchanged_records_of_one_size(pack: Path, manifest: Manifest) -> None:
+def test_exchanged_records_of_one_size(pack: Path) -> None:
     data = (pack / LAYER).read_bytes()
     swapped = data[:4096] + data[16384:] + data[8192:16384] + data[4096:8192]
     (pack / LAYER).write_bytes(swapped)
@@ -165,7 +165,7 @@ def infinite_record(kind: str, offset: int, expert: int, folder: Path, manifest:
     view = records[expert][offset:].view(f"<u{kind[1]}")
     view[0] |= INFINITE[kind]
     (folder / LAYER).unlink()
-    journal = Journal(folder, "again", start_over=True)
+    journal = Journal(folder, "again")
     write_layer(folder, plan, records, journal, 10**9)
     journal.remove()
     seal_file(folder, manifest, LAYER)
@@ -181,7 +181,7 @@ def infinite_record(kind: str, offset: int, expert: int, folder: Path, manifest:
         (2304 + 1024 + 32, 1, "down"),  # minima, q8g64
     ],
 )
-def test_35_scales_that_are_not_finite(
+def test_scales_that_are_not_finite(
     pack: Path, manifest: Manifest, offset: int, expert: int, part: str
 ) -> None:
     infinite_record("f2", offset, expert, pack, manifest)
@@ -204,7 +204,7 @@ def edit_trunk(folder: Path, manifest: Manifest, at: int, data: bytes) -> Manife
     return seal_file(folder, manifest, "model.safetensors")
 
 
-def test_35_trunk_scales_that_are_not_finite(pack: Path, manifest: Manifest) -> None:
+def test_trunk_scales_that_are_not_finite(pack: Path, manifest: Manifest) -> None:
     edit_trunk(pack, manifest, 576 + 512, b"\x00\xfc")
     refused(
         IntegrityError,
@@ -242,13 +242,13 @@ def test_packed_tensor_of_another_size(pack: Path, manifest: Manifest) -> None:
     )
 
 
-def test_trunk_header_altered_but_consistent(pack: Path, manifest: Manifest) -> None:
+def test_trunk_header_altered_but_consistent(pack: Path) -> None:
     path = pack / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"'))
     refused(IntegrityError, "model.safetensors: the header is not", lambda: verify_pack(pack))
 
 
-def test_46_truncated_while_it_is_read(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_while_it_is_read(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, path = osio.read_at, pack / LAYER
 
     def cut(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
@@ -261,7 +261,7 @@ def test_46_truncated_while_it_is_read(pack: Path, monkeypatch: pytest.MonkeyPat
     assert "wanted 8192 bytes at 8192, got 808" in str(error)
 
 
-def test_44_read_error(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_error(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> int:
         raise OSError(5, "Input/output error")
 

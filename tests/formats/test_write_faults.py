@@ -227,14 +227,14 @@ def test_a_folder_that_cannot_be_synced_is_no_error(
     verify_pack(tmp_path)
 
 
-def test_45_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_pack(tmp_path)
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, to, at: real(fd, [to[0][:777]], at))
     verify_pack(tmp_path)
 
 
-def test_45_46_the_file_ends_while_it_is_read(tmp_path: Path) -> None:
+def test_the_file_ends_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "layer-00003.safetensors"
     path.write_bytes(bytes(100))
     descriptor = os.open(path, os.O_RDONLY)

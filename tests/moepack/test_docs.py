@@ -28,6 +28,16 @@ def test_links_between_pages_resolve(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
+def test_contributing_lists_the_folders_of_the_runtime() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("In `runtime/moepack_runtime/`")[1].split("\n`moepack` may")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    folders = (ROOT / "runtime" / "moepack_runtime").glob("*/__init__.py")
+    assert {name for row in rows for name in re.findall(r"`(\w+)/`", row)} == {
+        path.parent.name for path in folders
+    }
+
+
 def test_readme_options_exist() -> None:
     """An option that a page shows must be one that the command line has."""
     known = set(re.findall(r"--[a-z][a-z-]+", render()))

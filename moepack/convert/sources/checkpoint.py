@@ -150,9 +150,7 @@ def _is_whole(repo_id: str, folder: Path) -> bool:
         return False
 
 
-def source_config(
-    src: str, *, revision: str | None = None, offline: bool = False
-) -> dict[str, Any]:
+def source_config(src: str, *, revision: str | None = None) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint; of a Hub id only the small files are downloaded.
 
     Raises:
@@ -164,7 +162,7 @@ def source_config(
     if not folder.is_dir():
         if not looks_like_repo_id(src):
             raise UsageError("no such folder, and not a Hub id either", where=src)
-        folder = download_small_files(src, revision=revision, offline=offline)
+        folder = download_small_files(src, revision=revision)
     elif revision is not None:
         raise UsageError("a revision belongs to a Hub id, not to a folder", where=src)
     return read_config(folder)

@@ -32,7 +32,7 @@ from moepack.convert.sources.source_groups import (
 from moepack_formats.errors import UsageError
 from moepack_runtime.experts import ExpertsAdapter, find_experts
 
-__all__ = ["Target", "WeightMapping", "build_meta_model"]
+__all__ = ["WeightMapping", "build_meta_model"]
 
 
 class WeightMapping:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moepack.convert.meta_model import build_meta_model
 from moepack.convert.sources.checkpoint import Checkpoint, open_checkpoint
-from moepack.convert.sources.mapping import WeightMapping, build_meta_model
+from moepack.convert.sources.mapping import WeightMapping
 from moepack_runtime.experts import find_experts
 from tests import families
 

@@ -108,7 +108,7 @@ def planned(source: Path, **options: Any) -> tuple[tuple[str, ...], int, float]:
     from moepack.convert.sources.checkpoint import open_checkpoint
 
     plan = make_plan(open_checkpoint(str(source)), ConvertOptions(**options))
-    return plan.expert_schemes, plan.nbytes, plan.sizes.expert_bits
+    return plan.expert_schemes, plan.sizes.nbytes, plan.sizes.expert_bits
 
 
 def test_integer_widths(wide: Path) -> None:

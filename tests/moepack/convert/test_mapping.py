@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from moepack.convert.meta_model import stored_dtype
+from moepack.convert.meta_model import build_meta_model, stored_dtype
 from moepack.convert.sources.checkpoint import open_checkpoint
-from moepack.convert.sources.mapping import WeightMapping, build_meta_model
+from moepack.convert.sources.mapping import WeightMapping
 from moepack_formats.errors import UsageError
 from tests import families
 from tests.moepack.convert.mapping_checks import (

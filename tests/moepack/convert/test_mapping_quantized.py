@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import Mxfp4Config
 
+from moepack.convert.meta_model import build_meta_model
 from moepack.convert.sources.checkpoint import open_checkpoint
-from moepack.convert.sources.mapping import WeightMapping, build_meta_model
+from moepack.convert.sources.mapping import WeightMapping
 from moepack_formats.errors import UsageError
 from tests.moepack.convert.mapping_checks import (
     CountingCheckpoint,

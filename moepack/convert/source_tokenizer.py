@@ -11,8 +11,8 @@ from moepack_formats import osio
 from moepack_formats.errors import FormatError, UsageError
 from moepack_runtime.loading import load_tokenizer
 
-from ..model_files import tokenizer_files
-from ..plan import ConversionPlan
+from .model_files import tokenizer_files
+from .plan import ConversionPlan
 
 
 def source_tokenizer(plan: ConversionPlan) -> Any | None:

@@ -197,7 +197,7 @@ class GpuExperts:
         tokens, choices = index.shape
         at, (kind, alpha, limit, offset) = self.shape, self.shape.activation
         # Of the layer's experts and not of the table's: what a turn has changes no rounding.
-        rows = sizes.rows_tile(tokens * choices / at.experts, x.dtype)
+        rows = sizes.rows_tile(tokens * choices / at.experts, x)
         order, tiles = sort_places(index, table.num_experts, rows)
         source, columns = x[order // choices], sizes.columns_tile()
         stored = -(-at.intermediate // TILE_ROWS) * TILE_ROWS * (2 if at.gated else 1)

@@ -110,9 +110,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main(capability: int, schemes: list[str]) -> None:
+    most = sizes.most_rows(divmod(capability, 10))
     for scheme in schemes:
         for name in KERNELS:
-            for changes in ({}, {"M": 64}) if name in ROWS else ({},):
+            for changes in ({}, {"M": most}) if name in ROWS else ({},):
                 compiled = compile_kernel(name, scheme, capability, **changes)
                 registers, spilled = resources(compiled.asm["cubin"])
                 vector = "v4" in compiled.asm["ptx"]

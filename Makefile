@@ -7,10 +7,25 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 MOEPACK := $(VENV)/bin/moepack
 
+# A machine without a network: its own Python with what is installed there, and no .venv, as in
+# make -k test-gpu bench-gpu OWN_PYTHON=python3 (docs/gpu/README.md says what must be there).
+OWN_PYTHON ?=
+ifneq ($(OWN_PYTHON),)
+SOURCES := $(CURDIR):$(CURDIR)/runtime:$(CURDIR)/formats
+PY := PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(OWN_PYTHON)
+STAMP := own-python
+MOEPACK := $(PY) -m moepack
+endif
+
 # The environment's own cmake where there is one: the machine need not have any.
 CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake
 NATIVE := runtime/moepack_runtime/_native/libmoepack_native.$(if $(filter Darwin,$(shell uname)),dylib,so)
 NATIVE_SOURCES := CMakeLists.txt $(wildcard runtime/csrc/*)
+BUILD_NATIVE = $(CMAKE) -S . -B build/native && $(CMAKE) --build build/native --parallel
+ifneq ($(OWN_PYTHON),)
+# Where there may be no cmake: the compiler alone.
+BUILD_NATIVE = sh runtime/build_native.sh $(NATIVE)
+endif
 
 TINY := tests/assets/tiny-moe
 DEMO_PACK := build/demo/tiny-moe-pack
@@ -34,6 +49,14 @@ help:  ## list the targets
 
 setup: $(STAMP) $(NATIVE)  ## create .venv and install moepack and the development tools in it
 
+ifneq ($(OWN_PYTHON),)
+.PHONY: own-python
+own-python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "moepack needs Python 3.11 or newer" >&2; exit 1; }
+	@$(PY) -c 'import hypothesis, numpy, pytest, pytest_timeout, safetensors, torch, transformers, triton, \
+		wrapt, xdist, xxhash, zstandard' || { echo "OWN_PYTHON lacks what docs/gpu/README.md names" >&2; exit 1; }
+else
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moepack needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -45,6 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 		-e '.[dev]' >build/setup.log 2>&1 || \
 		{ tail -n 40 build/setup.log >&2; echo "setup failed: see build/setup.log" >&2; exit 1; }
 	@touch $@
+endif
 
 # Without a compiler it stays absent, and is tried again.
 $(NATIVE): $(NATIVE_SOURCES) | $(STAMP)
@@ -52,8 +76,8 @@ $(NATIVE): $(NATIVE_SOURCES) | $(STAMP)
 
 native:  ## build the native kernels into the source tree (MOEPACK_REQUIRE_NATIVE=1: or fail)
 	@mkdir -p build
-	@{ $(CMAKE) -S . -B build/native && $(CMAKE) --build build/native --parallel && \
-		touch $(NATIVE); } >build/native.log 2>&1 || { tail -n 20 build/native.log >&2; \
+	@{ $(BUILD_NATIVE) && touch $(NATIVE); } >build/native.log 2>&1 || \
+		{ tail -n 20 build/native.log >&2; \
 		echo "no native kernels: see build/native.log; packs will run on torch, slowly" >&2; \
 		test -z "$(MOEPACK_REQUIRE_NATIVE)"; }
 

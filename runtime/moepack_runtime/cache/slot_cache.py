@@ -216,8 +216,9 @@ class SlotCache:
         return entry is not None and entry.reading.done
 
     def memory(self) -> list[Tensor]:
-        """The slots' memory, for pinning it."""
-        return [size.arena.tensor(0, size.arena.slots) for size in self._classes.values()]
+        """The slots' memory, for pinning it: ``[slots, bytes of a slot]`` of each size."""
+        arenas = [size.arena for size in self._classes.values()]
+        return [it.tensor(0, it.slots).view(it.slots, it.slot_nbytes) for it in arenas]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """See :class:`Residency`."""

@@ -9,8 +9,9 @@ of it. Prompts, and whatever is not decoding on a static cache, run as ever.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
+_numbers = itertools.count()
 
 
 class CompiledTrunk:
@@ -76,7 +78,9 @@ class CompiledTrunk:
         if self._link.device.type == "cpu":  # where transformers would not think of compiling
             settings.compile_config = CompileConfig()
             settings.compile_config._compile_all_devices = True
-        self._compiled = torch.compile(self._model.__call__, backend=self._backend, fullgraph=True)
+        self._compiled = torch.compile(
+            _function_of(self._model), backend=self._backend, fullgraph=True
+        )
 
     def new_cache(self) -> Any:
         """A cache on which decoding is compiled."""
@@ -94,13 +98,16 @@ class CompiledTrunk:
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for its own inputs: new tokens and the cache of earlier ones."""
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         if self.refusal is not None or not all(compute.ready for compute in self._computes):
             return self._model(**inputs)
         try:
             output = self._compiled(**inputs)
-        except TorchDynamoException as error:  # while tracing: nothing has been computed
+        except (
+            TorchDynamoException,
+            FailOnRecompileLimitHit,
+        ) as error:  # while tracing: nothing has been computed
             self.refusal = str(error).strip().partition("\n")[0]
             _log.warning("decoding is not compiled: %s", self.refusal)
             return self._model(**inputs)
@@ -110,6 +117,20 @@ class CompiledTrunk:
             if not compute.waits:
                 compute.count(_tokens(inputs))
         return output
+
+
+def _function_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """A function that calls the model, with code of its own.
+
+    torch keeps what it compiles by code objects and refuses after eight for one, which
+    ``Module.__call__`` would be for all models of a process.
+    """
+
+    def call(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
+    return call
 
 
 def _tokens(inputs: dict[str, Any]) -> int:

@@ -108,7 +108,7 @@ class DeviceCompute:
         self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, guess: Tensor | None
     ) -> Tensor:
         """The same; ``guess`` is what the next layer's router would pick, ``[T, K]``."""
-        self._find_kernels()
+        self._find_kernels(hidden.device)
         self._choices = top_k_index.shape[1]
         if not self.waits:
             self._count(len(top_k_index), top_k_index.numel())
@@ -132,12 +132,15 @@ class DeviceCompute:
             return self._many_tokens(hidden, top_k_index, top_k_weights, needed)
         return self._by_matrices(hidden, top_k_weights, chosen, needed)
 
-    def _find_kernels(self) -> None:
+    def _find_kernels(self, device: torch.device) -> None:
         # Not before the first call: on the meta device an activation cannot be tried.
         if not self._asked:
             self._fused = self._engine.fused(self._adapter)
             grouped = getattr(self._engine, "grouped", None)
             self._grouped = None if grouped is None else grouped(self._adapter)
+            if self._grouped is not None:
+                # A layout that only some experts have would be compiled when one of them is chosen.
+                self._grouped.warm_up([at.spec for at in self._records], device)
             self._asked = True
 
     def _resident(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -148,9 +151,9 @@ class DeviceCompute:
             records = self._residency.layer(self._layer)
             self._table = self._grouped.table(records, [at.spec for at in self._records])
         if len(index) == 1:
-            y: Tensor = self._grouped.token(
-                hidden[0].contiguous(), index[0], weights[0].float(), self._table
-            )
+            # In float32 as with a cache, so that it is the same kernel.
+            x = hidden[0].float().contiguous()
+            y: Tensor = self._grouped.token(x, index[0], weights[0].float(), self._table)
             return y.to(hidden.dtype).unsqueeze(0)
         outputs = hidden.new_zeros(index.numel(), hidden.shape[1], dtype=torch.float32)
         self._grouped.many_tokens(hidden.contiguous(), index, weights, self._table, outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class CudaRecording:
         self._graph.replay()
 
 
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Captures that failed. torch's allocator of pinned memory may hold on to a callback into them."""
+
+
 class CudaRecorder:
     """Captures CUDA graphs, see :class:`moepack_runtime.gpu.graphs.Recorder`.
 
@@ -52,14 +57,36 @@ class CudaRecorder:
         # Not torch.cuda.graph(): it collects garbage and empties torch's cache each time.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            # Other threads may allocate while this one captures.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                # Other threads may allocate while this one captures.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 outputs = run(*inputs)
-            finally:
                 graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return CudaRecording(graph, outputs)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed; its error is what the caller is told, not those from here.
+
+        Up to torch 2.11 ``capture_end`` leaves much as it is where the driver refuses the capture:
+        the allocator goes on as if it was under way (pytorch/pytorch#180395), and random numbers
+        can no longer be drawn.
+        """
+        _abandoned.append(graph)
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):  # where torch has done it
+            cast(Any, torch._C)._cuda_endAllocateToPool(index, self._pool)
+        self.begin()  # nothing else goes to a pool of which more may be amiss
+        with contextlib.suppress(RuntimeError):
+            generator: Any = torch.cuda.default_generators[index]
+            fresh: Any = torch.Generator(self._device)
+            fresh.set_state(generator.get_state())
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 class CudaLink:

@@ -1,11 +1,13 @@
 """Pinning host memory that exists already, in bulk.
 
 A GPU copies straight from pinned pages. Memory is registered as it is, in large pieces: what was
-mapped with huge pages and filled by direct reads needs no second copy.
+mapped with huge pages and filled by direct reads needs no second copy. The driver refuses to copy
+from memory of which only a part is registered, or from two pieces: pieces end where slots do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -17,7 +19,7 @@ from ..options import format_size
 _log = logging.getLogger(__name__)
 
 PIECE_NBYTES = 1 << 30
-"""Memory is registered in pieces of this size, so that a limit leaves most of it pinned."""
+"""Memory is registered in pieces of about this size, so that a limit leaves most of it pinned."""
 
 Register = Callable[[int, int], int]
 """``register(address, nbytes)`` to 0, or the driver's error code."""
@@ -29,7 +31,7 @@ class PinnedMemory:
     Args:
         register: Registers a run of memory.
         unregister: Undoes it.
-        piece_nbytes: Of a run.
+        piece_nbytes: The most of a run, where more than a slot fits in.
     """
 
     def __init__(
@@ -50,14 +52,16 @@ class PinnedMemory:
         host waits for them.
 
         Args:
-            memory: Contiguous uint8 tensors in host memory.
+            memory: Contiguous ``[slots, bytes of a slot]`` uint8 in host memory.
         """
         wanted = sum(tensor.numel() for tensor in memory)
         for tensor in memory:
-            start = tensor.data_ptr()
-            for offset in range(0, tensor.numel(), self._piece):
-                nbytes = min(self._piece, tensor.numel() - offset)
-                error = self._register(start + offset, nbytes)
+            slots, slot_nbytes = tensor.shape
+            each = max(1, self._piece // slot_nbytes)
+            for first in range(0, slots, each):
+                address = tensor.data_ptr() + first * slot_nbytes
+                nbytes = min(each, slots - first) * slot_nbytes
+                error = self._register(address, nbytes)
                 if error:
                     _log.warning(
                         "only %s of %s of the expert slots in memory can be pinned (error %d); "
@@ -68,7 +72,7 @@ class PinnedMemory:
                         error,
                     )
                     return
-                self._pinned.append(start + offset)
+                self._pinned.append(address)
                 self.nbytes += nbytes
 
     def close(self) -> None:
@@ -82,7 +86,17 @@ class PinnedMemory:
 def cuda_pinned_memory() -> PinnedMemory:
     """Pinned memory of the CUDA driver."""
     runtime = torch.cuda.cudart()
-    return PinnedMemory(
-        lambda address, nbytes: int(runtime.cudaHostRegister(address, nbytes, 0)),
-        lambda address: runtime.cudaHostUnregister(address),
-    )
+
+    def register(address: int, nbytes: int) -> int:
+        error = int(runtime.cudaHostRegister(address, nbytes, 0))
+        if error:
+            _take_error()
+        return error
+
+    return PinnedMemory(register, lambda address: runtime.cudaHostUnregister(address))
+
+
+def _take_error() -> None:
+    """CUDA keeps an error until somebody asks; torch does after a launch, and would blame that."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

@@ -17,13 +17,13 @@ from torch import Tensor
 from moepack_formats.record import RecordSpec, plan_record
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.kernels.reference import ReferenceEngine
-from moepack_runtime.kernels.triton_gpu import sizes
 from moepack_runtime.kernels.triton_gpu.engine import TritonEngine
 from moepack_runtime.kernels.triton_gpu.experts import ExpertShape, GpuExperts
 from moepack_runtime.kernels.triton_gpu.products import linear
 from tests.runtime.kernels.matrices import ACTIVATIONS, FakeAdapter, random_record
 
 CYCLED = 1_100_000_000
+SILU = ("silu", 1.0, float("inf"), 0.0)
 ROUNDS = 5
 
 
@@ -92,9 +92,7 @@ def expert_speed(scheme: str, shape: Shape, device: torch.device, cycled: int = 
     spec = plan_record(shape.hidden, shape.intermediate, scheme, scheme)
     count = max(shape.chosen, -(-cycled // spec.nbytes // shape.chosen) * shape.chosen)
     memory = finite_bytes(count * spec.nbytes, device)
-    experts = GpuExperts(
-        ExpertShape(shape.hidden, shape.intermediate, True, ("silu", 1.0, float("inf"), 0.0))
-    )
+    experts = GpuExperts(ExpertShape(shape.hidden, shape.intermediate, count, True, SILU))
     table = experts.table(list(memory.split(spec.nbytes)), [spec] * count)
     x = torch.randn(shape.hidden, device=device).to(torch.bfloat16)
     weights = torch.rand(shape.chosen, device=device)
@@ -132,9 +130,7 @@ def prefill_speed(
     """Tokens a second through one layer's experts, and floating-point operations a second."""
     spec = plan_record(shape.hidden, shape.intermediate, scheme, scheme)
     memory = finite_bytes(experts * spec.nbytes, device)
-    layer = GpuExperts(
-        ExpertShape(shape.hidden, shape.intermediate, True, ("silu", 1.0, float("inf"), 0.0))
-    )
+    layer = GpuExperts(ExpertShape(shape.hidden, shape.intermediate, experts, True, SILU))
     table = layer.table(list(memory.split(spec.nbytes)), [spec] * experts)
     x = torch.randn(tokens, shape.hidden, device=device).to(torch.bfloat16)
     index = torch.rand(tokens, experts, device=device).argsort(1)[:, : shape.chosen].contiguous()
@@ -180,8 +176,3 @@ def sum_of_experts(
 
 def _difference(got: Tensor, wanted: Tensor) -> float:
     return float((got.float() - wanted).abs().max() / wanted.abs().max())
-
-
-def rows_tile(tokens: int, shape: Shape, experts: int = 8) -> int:
-    """Rows of a program that a pass over so many tokens takes."""
-    return sizes.rows_tile(tokens * shape.chosen / experts)

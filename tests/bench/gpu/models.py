@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache
 from moepack_runtime.gpu.host_source import HostSource
 from moepack_runtime.gpu.link import Link
 from moepack_runtime.loading import load_pack
-from moepack_runtime.policies import policy_names
+from moepack_runtime.policies import runnable_names
 from moepack_runtime.statistics import Statistics
 from tests.bench.gpu import kernels, offloading
 from tests.packs import make_pack
@@ -74,7 +75,13 @@ def vram_for(pack: Path, share: float, **options: Any) -> int:
     return int((fixed + max(share * everything, sum(sizes))) / 0.97)
 
 
-def greedy_everywhere(pack: Path, device: torch.device) -> list[Greedy]:
+Guard = Callable[[str], contextlib.AbstractContextManager[object]]
+"""What goes around a row; it may keep its failure from ending the others."""
+
+
+def greedy_everywhere(
+    pack: Path, device: torch.device, guard: Guard = contextlib.nullcontext
+) -> list[Greedy]:
     """The same prompt in all settings; each is compared with the first of its kind of cache.
 
     A static cache is read by other kernels than a growing one. On it, ``compiled`` must come to the
@@ -85,32 +92,35 @@ def greedy_everywhere(pack: Path, device: torch.device) -> list[Greedy]:
     wanted: dict[str, list[int]] = {}
     for share, name in ((2.0, "all"), (0.5, "half"), (0.25, "a quarter"), (0.0, "one of a size")):
         vram = vram_for(pack, share, **base)
-        for policy in policy_names() if 0 < share < 1 else ["lru"]:
+        for policy in runnable_names() if 0 < share < 1 else ["lru"]:
             for prefetch in (True, False):
                 for cache in ("growing", "static", "static, compiled"):
                     if cache != "growing" and policy != "lru":
                         continue
-                    model = load_pack(
-                        pack,
-                        vram=vram,
-                        policy=policy,
-                        prefetch=prefetch,
-                        compile=cache.endswith("compiled"),
-                        **base,
-                    )
-                    if cache == "static":
-                        model.generation_config.cache_implementation = "static"
-                        model.generation_config.max_cache_len = model.moepack.fixed.tokens
-                    ids = torch.tensor([PROMPT], device=device)
-                    start = time.perf_counter()
-                    out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
-                    seconds = time.perf_counter() - start
-                    model.moepack.close()
-                    first = wanted.setdefault(cache.partition(",")[0], out)
-                    rows.append(
-                        Greedy(name, policy, prefetch, cache, TOKENS / seconds, out == first)
-                    )
+                    options = {"vram": vram, "policy": policy, "prefetch": prefetch, **base}
+                    with guard(f"greedy tokens, {name}, {policy}, {prefetch}, {cache}"):
+                        seconds, out = _greedy(pack, device, cache, options)
+                        first = wanted.setdefault(cache.partition(",")[0], out)
+                        speed = TOKENS / seconds
+                        rows.append(Greedy(name, policy, prefetch, cache, speed, out == first))
     return rows
+
+
+def _greedy(
+    pack: Path, device: torch.device, cache: str, options: dict[str, Any]
+) -> tuple[float, list[int]]:
+    """Seconds and tokens of a text."""
+    model = load_pack(pack, compile=cache.endswith("compiled"), **options)
+    try:
+        if cache == "static":
+            model.generation_config.cache_implementation = "static"
+            model.generation_config.max_cache_len = model.moepack.fixed.tokens
+        ids = torch.tensor([PROMPT], device=device)
+        start = time.perf_counter()
+        out: list[int] = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
+        return time.perf_counter() - start, out
+    finally:
+        model.moepack.close()
 
 
 def decoding_speeds(pack: Path, **base: Any) -> list[Decoding]:

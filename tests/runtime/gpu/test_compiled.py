@@ -183,6 +183,15 @@ def test_what_cannot_be_traced_is_decoded_and_said(
     assert model.moepack.compiled.refusal is not None
 
 
+def test_as_many_models_are_compiled_as_are_loaded(pack: Path) -> None:
+    """torch refuses to compile a function more than eight times."""
+    for _ in range(10):
+        model = loaded(pack, 2.0, compile=True)
+        greedy(model, tokens=4)
+        check_graphs(model)
+        model.moepack.close()
+
+
 def test_errors_of_a_pass_are_its_own(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that cannot be read is no reason to decode without graphs."""
     model = loaded(pack, 0.0, compile=True)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from moepack_runtime.cache.arena import Arena
 from moepack_runtime.gpu.cuda_link import CudaLink
 from moepack_runtime.gpu.device_cache import CacheOptions, DeviceCache
 from moepack_runtime.gpu.graphs import CutPass
 from moepack_runtime.gpu.host_source import HostSource
-from moepack_runtime.gpu.pinning import cuda_pinned_memory
+from moepack_runtime.gpu.pinning import PinnedMemory, cuda_pinned_memory
 from moepack_runtime.statistics import Statistics
 from tests.bench.gpu import models
 from tests.runtime.fake_pack import EXPERTS, LAYERS, SMALL, FakePack
@@ -74,11 +75,42 @@ def test_no_slot_is_used_too_early(slots: int) -> None:
 
 
 def test_memory_can_be_pinned_in_place() -> None:
-    memory, pinned = torch.zeros(8 << 20, dtype=torch.uint8), cuda_pinned_memory()
+    memory, pinned = torch.zeros(8, 1 << 20, dtype=torch.uint8), cuda_pinned_memory()
     pinned.pin([memory])
     assert pinned.nbytes == memory.numel()
     assert memory.is_pinned()
     pinned.close()
+
+
+def test_every_slot_can_be_copied_whatever_the_pieces() -> None:
+    """Three slots of 1.25 MiB in pieces of 2 MiB, which no slot may lie across."""
+    arena, link = Arena(5 << 18, 3), CudaLink(device())
+    memory = arena.tensor(0, 3).view(3, -1)
+    runtime = torch.cuda.cudart()
+    pinned = PinnedMemory(
+        lambda address, nbytes: int(runtime.cudaHostRegister(address, nbytes, 0)),
+        lambda address: runtime.cudaHostUnregister(address),
+        piece_nbytes=2 << 20,
+    )
+    pinned.pin([memory])
+    assert pinned.nbytes == memory.numel()
+    for number in range(3):
+        memory[number] = number + 1
+        target = torch.zeros(memory.shape[1], dtype=torch.uint8, device=device())
+        link.copy_after(link.computed())
+        link.wait(link.copy(arena.tensor(number), target))
+        assert torch.equal(target.cpu(), memory[number])
+    pinned.close()
+
+
+def test_what_cannot_be_pinned_leaves_no_error_behind() -> None:
+    memory = torch.zeros(1, 1 << 20, dtype=torch.uint8)
+    first, again = cuda_pinned_memory(), cuda_pinned_memory()
+    first.pin([memory])
+    again.pin([memory])  # a second time: the driver refuses
+    assert again.nbytes == 0
+    assert torch.ones(3, device=device()).sum().item() == 3
+    first.close()
 
 
 def test_the_same_greedy_tokens_in_every_setting(tmp_path: Path) -> None:

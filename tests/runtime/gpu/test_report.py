@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moepack_runtime.gpu.simulated_link import LinkSpec, SimulatedLink
 from moepack_runtime.kernels.reference import ReferenceEngine
+from moepack_runtime.loading import load_pack
+from moepack_runtime.policies import runnable_names
 from tests.bench.gpu import kernels, models, offloading, report
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +65,55 @@ def test_what_graphs_are_worth_is_measured_in_turns(
     report.compiled_trunk(written, rows)
     assert "| half | True | " in written.text("GPU")
     assert len(written.checks) == 2
+
+
+def test_a_row_that_fails_is_named_and_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def parity(report_: report.Report, _: torch.device) -> None:
+        with report_.guard("parity of q4g64"):
+            raise RuntimeError("out of resource: shared memory\nand more")
+        report_.check("another row", "1", "1", True)
+
+    def bandwidth(*_: object) -> None:
+        raise ValueError("no GPU | at all")
+
+    for part in (parity, bandwidth):
+        monkeypatch.setattr(report, part.__name__, part)
+    for name in ("offload", "whole_models"):
+        part = lambda it, _: it.check("last", "1", "1", True)  # noqa: E731
+        part.__name__ = name
+        monkeypatch.setattr(report, name, part)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(sys, "argv", ["report", "--out", str(tmp_path)])
+    assert report.main() == 2
+    text = (tmp_path / "REPORT-A-GPU.md").read_text()
+    failed = "| parity of q4g64 | measured | failed: RuntimeError: out of resource: shared memory |"
+    assert failed in text
+    assert "| bandwidth | measured | failed: ValueError: no GPU / at all | **no** |" in text
+    assert text.count("| last | 1 | 1 | yes |") == 2
+    assert "| another row | 1 | 1 | yes |" in text
+
+
+def test_greedy_texts_are_compared_in_every_setting(
+    pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a simulated GPU, and policies that a cache can run: not the one that knows the future."""
+    asked = []
+
+    def load(path: Path, **options: Any) -> Any:
+        asked.append(options.get("policy"))
+        options.update(device="cpu", link=LinkSpec(), compile=False)
+        return load_pack(path, **options)
+
+    monkeypatch.setattr(models, "TOKENS", 3)
+    monkeypatch.setattr(models, "load_pack", load)
+    rows = models.greedy_everywhere(pack, CPU)
+    assert all(row.same for row in rows)
+    assert {row.policy for row in rows} == set(runnable_names())
+    assert "belady" not in asked
 
 
 def test_random_bytes_are_finite() -> None:

@@ -183,9 +183,13 @@ def test_pinning_goes_as_far_as_the_system_lets_it(caplog: pytest.LogCaptureFixt
         return 0
 
     memory = PinnedMemory(register, pinned.pop, piece_nbytes=1000)
+    slots = [torch.empty(5, 300, dtype=torch.uint8), torch.empty(5, 600, dtype=torch.uint8)]
     with caplog.at_level(logging.WARNING):
-        memory.pin([torch.empty(1500, dtype=torch.uint8), torch.empty(3000, dtype=torch.uint8)])
-    assert memory.nbytes == sum(pinned.values()) == 2500
+        memory.pin(slots)
+    # Whole slots: a copy from two pieces, or from a part of one, is refused.
+    assert [(at - slots[0].data_ptr(), n) for at, n in pinned.items()][:2] == [(0, 900), (900, 600)]
+    assert list(pinned.items())[2:] == [(slots[1].data_ptr(), 600)]
+    assert memory.nbytes == sum(pinned.values()) == 2100
     assert "can be pinned" in caplog.text
     memory.close()
     assert not pinned

@@ -80,9 +80,8 @@ class TritonEngine:
         activation = recognize(adapter)
         if activation is None:
             return None
-        return GpuExperts(
-            ExpertShape(adapter.hidden_size, adapter.intermediate_size, adapter.gated, activation)
-        )
+        sizes = adapter.hidden_size, adapter.intermediate_size, adapter.num_experts
+        return GpuExperts(ExpertShape(*sizes, adapter.gated, activation))
 
     def _project(self, record: Tensor, spec: RecordSpec, name: str, x: Tensor) -> Tensor:
         """``[T, C]`` times a matrix of a record, in the canonical order of its rows."""

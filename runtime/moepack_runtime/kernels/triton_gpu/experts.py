@@ -51,12 +51,14 @@ class ExpertShape:
     Attributes:
         hidden: H.
         intermediate: I.
+        experts: How many the layer has, wherever their records are.
         gated: Whether there is a gate.
         activation: Kind, alpha, limit and offset of up; see csrc/moepack.h.
     """
 
     hidden: int
     intermediate: int
+    experts: int
     gated: bool
     activation: Activation
 
@@ -151,6 +153,26 @@ class GpuExperts:
                 num_warps=sizes.VECTOR_WARPS,
             )
 
+    def warm_up(self, specs: Sequence[RecordSpec], device: torch.device) -> None:
+        """Compile what one token takes with these layouts, before a text needs it.
+
+        The launches compute nothing: none of their choices is an expert.
+
+        Args:
+            specs: Of all records of the layer.
+            device: The GPU.
+        """
+        nothing = torch.zeros(1, dtype=torch.int64, device=device)
+        layouts = tuple({id(spec): spec for spec in specs}.values())
+        table = RecordTable(nothing[:0], nothing[:0], layouts)
+        x = torch.zeros(self.shape.hidden, device=device)
+        partial, weights = self.partial(1, device).zero_(), torch.zeros(1, device=device)
+        self.one_token(x, nothing, table, partial)
+        combine(partial, weights, x)
+        combine(partial, weights, x.unsqueeze(0))
+        combine(x.view(1, 1, -1), None, torch.empty_like(x))
+        combine(partial, weights, x, index=nothing, num_experts=0)
+
     def token(self, x: Tensor, index: Tensor, weights: Tensor, table: RecordTable) -> Tensor:
         """``x`` [H], ``index`` [K] and ``weights`` [K] float32 to the weighted sum [H] float32."""
         partial = self.partial(len(index), x.device)
@@ -174,7 +196,8 @@ class GpuExperts:
         """
         tokens, choices = index.shape
         at, (kind, alpha, limit, offset) = self.shape, self.shape.activation
-        rows = sizes.rows_tile(tokens * choices / table.num_experts)
+        # Of the layer's experts and not of the table's: what a turn has changes no rounding.
+        rows = sizes.rows_tile(tokens * choices / at.experts, x)
         order, tiles = sort_places(index, table.num_experts, rows)
         source, columns = x[order // choices], sizes.columns_tile()
         stored = -(-at.intermediate // TILE_ROWS) * TILE_ROWS * (2 if at.gated else 1)
@@ -208,6 +231,7 @@ class GpuExperts:
                 W=sizes.chunk_cells(up.scheme),
                 PRECISION="ieee",
                 num_warps=sizes.VECTOR_WARPS,
+                num_stages=sizes.ROWS_STAGES,
             )
             matmul.down_rows[(tiles.expert.numel(), -(-at.hidden // columns))](
                 h,
@@ -227,6 +251,7 @@ class GpuExperts:
                 W=sizes.chunk_cells(down.scheme),
                 PRECISION="ieee",
                 num_warps=sizes.VECTOR_WARPS,
+                num_stages=sizes.ROWS_STAGES,
             )
 
     def _records(self, table: RecordTable, layout: int) -> tuple[Tensor | int, ...]:

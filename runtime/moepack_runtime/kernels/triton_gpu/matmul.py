@@ -8,6 +8,9 @@ of inputs, and in a chunk the first inputs of all cells come first, then the sec
 Rows are sorted by expert and cut into tiles of ``M`` rows of one expert. A launch computes the
 experts of one layout; the others' tiles end at once.
 
+What differs between turns is not specialized for, nor is where ``layout_of`` starts: a kernel would
+be compiled anew in the middle of a text.
+
 Shape letters: P rows (places of a token's choices), M rows of a program, C columns of a program
 (outputs, as they are stored), W cells.
 """
@@ -39,7 +42,7 @@ RAW = tl.constexpr(layout.RAW)
 SIGNED_SCALES = tl.constexpr(layout.SIGNED_SCALES)
 
 
-@triton.jit(do_not_specialize=["layout", "num_experts"])
+@triton.jit(do_not_specialize=["layout_of", "layout", "num_experts"])
 def up_rows(
     x,
     stride,
@@ -136,7 +139,7 @@ def up_rows(
     tl.store(at, value, mask=live[:, None] & (out < intermediate)[None, :])
 
 
-@triton.jit(do_not_specialize=["layout", "num_experts"])
+@triton.jit(do_not_specialize=["layout_of", "layout", "num_experts"])
 def down_rows(
     h,
     stride,

@@ -21,7 +21,7 @@ from .dots import tile_dots
 from .gates import gated, ungated
 
 
-@triton.jit(do_not_specialize=["layout", "num_experts"])
+@triton.jit(do_not_specialize=["index", "layout_of", "layout", "num_experts"])
 def experts_up(
     x,
     index,
@@ -99,7 +99,7 @@ def experts_up(
         tl.store(h + k * intermediate + row, value, mask=row < intermediate)
 
 
-@triton.jit(do_not_specialize=["layout", "num_experts"])
+@triton.jit(do_not_specialize=["index", "layout_of", "layout", "num_experts"])
 def experts_down(
     h,
     index,
@@ -205,7 +205,7 @@ def linear(
     tl.store(partial + split * rows + row, sums, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["num_experts", "choices", "splits"])
+@triton.jit(do_not_specialize=["weights", "index", "num_experts", "choices", "splits"])
 def combine(
     partial,
     weights,

@@ -31,7 +31,7 @@ def linear(
     (rows, cols), name = shape, scheme.name
     out = x.new_empty(len(x), rows)
     laid = sizes.arrange(x, name)
-    tile, columns = sizes.rows_tile(len(x)), sizes.columns_tile()
+    tile, columns = sizes.rows_tile(len(x), x), sizes.columns_tile()
     matmul.linear_rows[(-(-len(x) // tile), -(-rows // columns))](
         laid,
         laid.shape[1],
@@ -49,6 +49,7 @@ def linear(
         W=sizes.chunk_cells(name),
         PRECISION="ieee",
         num_warps=sizes.VECTOR_WARPS,
+        num_stages=sizes.ROWS_STAGES,
     )
     return out
 

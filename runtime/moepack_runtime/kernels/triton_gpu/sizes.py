@@ -14,6 +14,14 @@ VECTOR_TILES = 2
 """Tiles of a program of a matrix-vector kernel."""
 
 VECTOR_WARPS = 4
+
+ROWS_STAGES = 1
+"""Stages of the loops of matrix products.
+
+With more, Triton keeps the inputs of whole chunks in shared memory: at 3 bits and 64 rows its usual
+three stages take 228 KiB, more than any GPU has. Loads within a chunk overlap as it is.
+"""
+
 COMBINE_SIZE = 128
 
 _WANTED_PROGRAMS = 512
@@ -64,9 +72,26 @@ def chunk_inputs(scheme: str) -> int:
     return chunk_cells(scheme) * cell_width(scheme)
 
 
-def rows_tile(rows: float) -> int:
-    """Rows of a program where there are about so many of an expert; tensor cores take 16."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+def rows_tile(rows: float, inputs: torch.Tensor) -> int:
+    """Rows of a program where there are about so many of an expert; tensor cores take 16.
+
+    Tiles of other sizes may round otherwise: what ``rows`` is must follow from a pass and a layer,
+    never from which records are there.
+
+    Args:
+        rows: Tokens, or places of an expert on the average.
+        inputs: Of the product; their type and device matter. No tensor core multiplies float32 to
+            its precision, and threads would not have registers for more than 16 rows.
+    """
+    if inputs.dtype == torch.float32:
+        return 16
+    capability = torch.cuda.get_device_capability(inputs.device) if inputs.is_cuda else None
+    return min(most_rows(capability), 16 if rows <= 16 else 32 if rows <= 32 else 64)
+
+
+def most_rows(capability: tuple[int, int] | None) -> int:
+    """Rows for which a GPU's threads have registers: where products read shared memory, 64."""
+    return 64 if capability is None or capability[0] == 9 else 32
 
 
 def columns_tile() -> int:

@@ -63,6 +63,10 @@ KERNELS = {
 }
 
 
+ROWS = ("up_rows", "down_rows", "linear_rows")
+"""Kernels whose programs take 16, 32 or 64 rows."""
+
+
 def compile_kernel(name: str, scheme: str, capability: int, **changes: Any) -> Any:
     """One kernel to machine code."""
     function = KERNELS[name]
@@ -84,6 +88,8 @@ def compile_kernel(name: str, scheme: str, capability: int, **changes: Any) -> A
         },
     )
     options = {"num_warps": 4}
+    if name in ROWS:
+        options["num_stages"] = sizes.ROWS_STAGES
     if name in ("combine", "dense_rows"):
         options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -104,12 +110,15 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main(capability: int, schemes: list[str]) -> None:
+    most = sizes.most_rows(divmod(capability, 10))
     for scheme in schemes:
         for name in KERNELS:
-            compiled = compile_kernel(name, scheme, capability)
-            registers, spilled = resources(compiled.asm["cubin"])
-            vector = "v4" in compiled.asm["ptx"]
-            print(name, scheme, registers, spilled, compiled.metadata.shared, vector, flush=True)
+            for changes in ({}, {"M": most}) if name in ROWS else ({},):
+                compiled = compile_kernel(name, scheme, capability, **changes)
+                registers, spilled = resources(compiled.asm["cubin"])
+                vector = "v4" in compiled.asm["ptx"]
+                shared = compiled.metadata.shared
+                print(name, scheme, registers, spilled, shared, vector, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def compiled(capability: int, schemes: list[str], cache: Path) -> list[list[str]
 
 
 def check(lines: list[list[str]], schemes: list[str]) -> None:
-    assert len(lines) == 8 * len(schemes)
+    assert len(lines) == 11 * len(schemes)  # of three kernels two sizes
     for name, scheme, _, spilled, shared, vector in lines:
-        assert int(spilled) == 0, (name, scheme)
+        assert int(spilled) <= (64 if name.endswith("_rows") else 0), (name, scheme)
         assert int(shared) <= 99 * 1024, (name, scheme)  # what compute capability 8.6 has
         if name in ("experts_up", "experts_down", "linear"):
             assert vector == "True", (name, scheme)  # 16 bytes of codes in one load
@@ -36,6 +36,6 @@ def test_for_an_ampere_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90])
 def test_every_scheme(tmp_path: Path, capability: int) -> None:
     check(compiled(capability, list(SCHEMES), tmp_path), list(SCHEMES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from moepack_formats.record import RecordSpec, plan_record
 from moepack_formats.schemes import SCHEMES
 from moepack_runtime.kernels.reference import ReferenceEngine
+from moepack_runtime.kernels.triton_gpu import matvec, sizes
 from moepack_runtime.kernels.triton_gpu.engine import TritonEngine
 from moepack_runtime.kernels.triton_gpu.experts import sort_places
 from tests.runtime.kernels.matrices import ACTIVATIONS, FakeAdapter, random_record, relative
@@ -134,6 +136,55 @@ def test_the_general_path(device: torch.device) -> None:
     wanted = ReferenceEngine().expert(record, spec, adapter, x)
     got = ENGINE.expert(record.to(device), spec, adapter, x.to(device))
     torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_in_turns_give_the_same_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tokens: an expert's tiles do not depend on which others are there with it."""
+    asked: list[float] = []
+    rows_tile = sizes.rows_tile
+    monkeypatch.setattr(sizes, "rows_tile", lambda n, d: asked.append(n) or rows_tile(n, d))
+    adapter: Any = FakeAdapter(64, 48, SILU)
+    adapter.num_experts = 3
+    spec = plan_record(64, 48, "q4g64", "q4g64")
+    records = [random_record(spec, seed).to(device) for seed in range(3)]
+    index = torch.stack([torch.randperm(3)[:2] for _ in range(30)]).to(device)
+    # The interpreter multiplies no bfloat16; on GPUs tiles of float32 are all of one size.
+    x, weights = torch.randn(30, 64).to(device, torch.float16), torch.rand(30, 2, device=device)
+    experts = ENGINE.grouped(adapter)
+    assert experts is not None
+    whole = torch.zeros(60, 64, device=device)
+    experts.many_tokens(x, index, weights, experts.table(records, [spec] * 3), whole)
+    parts = torch.zeros_like(whole)
+    for expert, record in enumerate(records):
+        local = torch.where(index == expert, 0, 1)
+        experts.many_tokens(x, local, weights, experts.table([record], [spec]), parts)
+    assert torch.equal(parts, whole)
+    assert set(asked) == {20.0}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+def test_nothing_is_compiled_once_a_layer_has_begun() -> None:
+    """Whatever turns come: how many records, and where lists of them start, differs."""
+    device, adapter = torch.device("cuda"), FakeAdapter(64, 48, SILU)
+    specs = [plan_record(64, 48, name, name) for name in ("q4g64", "q2g16s4", "q4g64")]
+    records = [random_record(spec, seed).to(device) for seed, spec in enumerate(specs)]
+    experts, fused = ENGINE.grouped(adapter), ENGINE.fused(adapter)  # type: ignore[arg-type]
+    assert experts is not None
+    assert fused is not None
+    experts.warm_up(specs, device)
+    kernels = matvec.experts_up, matvec.experts_down, matvec.combine
+    before = [sum(len(it[0]) for it in kernel.device_caches.values()) for kernel in kernels]
+    x, weights, out = torch.randn(64, device=device), torch.rand(3, device=device), None
+    for here in ([0], [1], [2], [0, 1], [1, 2], [0, 1, 2]):
+        out = torch.empty(3, 64, device=device)
+        for outputs in (None, out[: len(here)], out[3 - len(here) :]):
+            part = weights[here[0] : here[-1] + 1]
+            fused(x, [records[k] for k in here], [specs[k] for k in here], part, outputs)
+        fused.total(out.unsqueeze(0))
+    after = [sum(len(it[0]) for it in kernel.device_caches.values()) for kernel in kernels]
+    assert after == before
 
 
 def sorted_places(index: Tensor, experts: int, rows: int) -> dict[int, list[int]]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +62,60 @@ def make_family_pack(family: str, folder: Path, **options: Any) -> Path:
     options = {"attn_bits": 4, "expert_bits": 3, "quantizer": "rtn", **options}
     make_pack(folder / "source", folder / "pack", **options)
     return folder / "pack"
+
+
+class FamilyPacks:
+    """Packs of random models of families, converted once for all tests that only read them.
+
+    Args:
+        folder: Where they are; the processes of a test run share it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def source(self, family: str, **changes: Any) -> Path:
+        """The checkpoint of :func:`tests.families.random_model`."""
+
+        def save(folder: Path) -> None:
+            families.save_checkpoint(families.random_model(family, **changes), folder)
+
+        return self._made(f"{family}-source-{_digest(changes)}", save)
+
+    def __call__(self, family: str, changes: dict[str, Any] | None = None, **options: Any) -> Path:
+        """A pack, without regard to quality unless told otherwise.
+
+        Args:
+            family: The family.
+            changes: Keys of its config.
+            options: Those of the conversion.
+        """
+        options = {"attn_bits": 4, "expert_bits": 3, "quantizer": "rtn", **options}
+
+        def make(folder: Path) -> None:
+            make_pack(self.source(family, **(changes or {})), folder, **options)
+
+        return self._made(f"{family}-pack-{_digest([changes or {}, options])}", make)
+
+    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+        folder = self._folder / name
+        if folder.exists():
+            return folder
+        self._folder.mkdir(exist_ok=True)
+        with open(self._folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing gives it back
+            if not folder.exists():
+                # Renamed once it is whole: who finds a folder does not ask for the lock.
+                unfinished = self._folder / f"{name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def with_weights_of_pack(stock: PreTrainedModel, packed: PreTrainedModel) -> PreTrainedModel:

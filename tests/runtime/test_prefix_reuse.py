@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import GenerationConfig
 from moepack_runtime.loading import load_pack
 from moepack_runtime.prefix_reuse import PrefixReuse
 from tests import families
-from tests.packs import make_family_pack
+from tests.packs import FamilyPacks
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = [
@@ -54,27 +53,15 @@ class Texts:
         return tokens
 
 
-@pytest.fixture(scope="module")
-def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def pack(family: str) -> Path:
-        if family not in made:
-            made[family] = make_family_pack(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return pack
-
-
 def some(length: int, seed: int = 1) -> Tensor:
     return families.tokens(batch=1, length=length, seed=seed)
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["recorded", "unrecorded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_goes_on(packs: Callable[[str], Path], family: str, record: bool) -> None:
+def test_a_text_goes_on(family_packs: FamilyPacks, family: str, record: bool) -> None:
     """Three turns of a conversation."""
-    texts = Texts(packs(family), tape=record)
+    texts = Texts(family_packs(family), tape=record)
     text = some(12)
     for turn in range(3):
         written = texts.write(text)
@@ -87,9 +74,9 @@ def test_a_text_goes_on(packs: Callable[[str], Path], family: str, record: bool)
 
 @pytest.mark.parametrize("record", [True, False], ids=["recorded", "unrecorded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_that_differs(packs: Callable[[str], Path], family: str, record: bool) -> None:
+def test_a_text_that_differs(family_packs: FamilyPacks, family: str, record: bool) -> None:
     """Another question after the same beginning; then the same question once more."""
-    texts = Texts(packs(family), tape=record)
+    texts = Texts(family_packs(family), tape=record)
     beginning = some(12)
     first, second = (torch.cat([beginning, some(7, seed)], dim=1) for seed in (2, 3))
     texts.write(first)
@@ -99,8 +86,8 @@ def test_a_text_that_differs(packs: Callable[[str], Path], family: str, record: 
         assert texts.reuse.reused == (0 if states else common)
 
 
-def test_what_is_computed(packs: Callable[[str], Path]) -> None:
-    texts = Texts(packs("olmoe"), tape=False)
+def test_what_is_computed(family_packs: FamilyPacks) -> None:
+    texts = Texts(family_packs("olmoe"), tape=False)
     text = some(12)
     text = texts.write(text)
     assert texts.computed == 12 + 5
@@ -112,8 +99,8 @@ def test_what_is_computed(packs: Callable[[str], Path]) -> None:
     assert (texts.computed, texts.reuse.reused) == (12, 0)
 
 
-def test_a_window_has_left_tokens_behind(packs: Callable[[str], Path]) -> None:
-    texts = Texts(packs("gpt_oss"), tape=False)
+def test_a_window_has_left_tokens_behind(family_packs: FamilyPacks) -> None:
+    texts = Texts(family_packs("gpt_oss"), tape=False)
     window = texts.model.config.sliding_window
     text = some(window + 20)
     texts.write(text)
@@ -126,9 +113,9 @@ class Stopped(Exception):
     pass
 
 
-def test_stopped_at_a_token(packs: Callable[[str], Path]) -> None:
+def test_stopped_at_a_token(family_packs: FamilyPacks) -> None:
     """What was computed until then stays."""
-    texts = Texts(packs("olmoe"))
+    texts = Texts(family_packs("olmoe"))
     text = some(12)
     wanted = texts.afresh(text, new=12)
     told: list[int] = []
@@ -153,9 +140,9 @@ def test_stopped_at_a_token(packs: Callable[[str], Path]) -> None:
     assert texts.reuse.reused == 15
 
 
-def test_stopped_in_a_pass(packs: Callable[[str], Path]) -> None:
+def test_stopped_in_a_pass(family_packs: FamilyPacks) -> None:
     """Layers may hold different numbers of tokens then: nothing is kept."""
-    texts = Texts(packs("olmoe"))
+    texts = Texts(family_packs("olmoe"))
     text = some(12)
     calls: list[None] = []
 
@@ -177,9 +164,9 @@ def test_stopped_in_a_pass(packs: Callable[[str], Path]) -> None:
     [{"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}],
     ids=lambda options: next(iter(options)),
 )
-def test_other_ways_to_generate(packs: Callable[[str], Path], options: dict[str, Any]) -> None:
+def test_other_ways_to_generate(family_packs: FamilyPacks, options: dict[str, Any]) -> None:
     """They pass by, and what was kept is let go."""
-    texts = Texts(packs("olmoe"))
+    texts = Texts(family_packs("olmoe"))
     text = some(12)
     texts.write(text)
     texts.write(text, **options)

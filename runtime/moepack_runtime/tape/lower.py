@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from . import steps as native
-from .record import CannotRecord, Step
+from .record import CannotRecord, Step, tensors_in, tensors_read
 from .steps import NativeStep, Op, along, elementwise
 
 Call = Callable[[], None]
@@ -79,7 +78,7 @@ def lower(step: Step, mutated: set[int]) -> Lowered | None:
     assert isinstance(operation, torch._ops.OpOverload)  # our own are lowered by the player
     if torch.Tag.nondeterministic_seeded in operation.tags:
         raise CannotRecord(f"{operation} is random")
-    read = [t for t in tree_flatten((step.arguments, step.keywords))[0] if isinstance(t, Tensor)]
+    read = tensors_read(step)
     storages = {t.untyped_storage().data_ptr() for t in read}
     in_place = operation._schema.is_mutable
     if not step.results:
@@ -327,7 +326,7 @@ def _call(step: Step) -> Call:
         made = operation(*arguments, **keywords)
         if in_place:
             return
-        for old, new in zip(results, tree_flatten(made)[0], strict=True):
+        for old, new in zip(results, tensors_in(made), strict=True):
             old.copy_(new)
 
     return call

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from ..experts_compute import ExpertsCompute
@@ -60,8 +59,28 @@ class Step:
 
 def tensors_read(step: Step) -> list[Tensor]:
     """The tensors among a step's arguments."""
-    leaves: list[Any] = tree_flatten((step.arguments, step.keywords))[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [*tensors_in(step.arguments), *tensors_in(step.keywords)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in an operation's arguments or results, in order.
+
+    These are nested tuples, lists and dicts only; torch's pytree, which knows far more, takes
+    several times as long, and this runs for every operation of a pass.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for part in value:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)):
+            found += tensors_in(part)
+    return found
 
 
 def storage(tensor: Tensor) -> int:
@@ -90,8 +109,7 @@ class Recorder(TorchDispatchMode):
             raise CannotRecord("the model reads a number out of a tensor")
         result = func(*args, **kwargs)
         if not self._paused:
-            results = tuple(t for t in tree_flatten(result)[0] if isinstance(t, Tensor))
-            self.steps.append(Step(func, args, kwargs, results))
+            self.steps.append(Step(func, args, kwargs, tuple(tensors_in(result))))
         return result
 
     def unrecorded(self, run: Callable[[], Any]) -> Any:
@@ -209,7 +227,7 @@ def differences(first: list[Step], second: list[Step]) -> str | None:
             return f"{_name(a)} gets other arguments from pass to pass"
         for step, place in zip(steps, places, strict=True):
             for result in step.results:
-                place.setdefault(result.untyped_storage().data_ptr(), number)
+                place.setdefault(storage(result), number)
     return None
 
 
@@ -224,13 +242,17 @@ def _form(step: Step, made: dict[int, int]) -> list[Any]:
     grows = isinstance(step.operation, Opaque) and step.operation.kind == "attend"
     # The cache's keys and values, of which there are more in every pass.
     arguments = step.arguments[:1] if grows else step.arguments
-    leaves, layout = tree_flatten((arguments, step.keywords))
-    form: list[Any] = [layout]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            storage = leaf.untyped_storage().data_ptr()
-            origin = ("step", made[storage]) if storage in made else ("outside", storage)
-            form.append((origin, leaf.storage_offset(), tuple(leaf.shape), leaf.stride()))
-        else:
-            form.append(leaf)
-    return form
+    return [_without_addresses(arguments, made), _without_addresses(step.keywords, made)]
+
+
+def _without_addresses(value: Any, made: dict[int, int]) -> Any:
+    """An argument of an operation, nested as it was; of tensors, where they come from."""
+    if isinstance(value, Tensor):
+        address = storage(value)
+        origin = ("step", made[address]) if address in made else ("outside", address)
+        return (origin, value.storage_offset(), tuple(value.shape), value.stride())
+    if isinstance(value, (tuple, list)):
+        return (type(value), *[_without_addresses(part, made) for part in value])
+    if isinstance(value, dict):
+        return {key: _without_addresses(part, made) for key, part in value.items()}
+    return value

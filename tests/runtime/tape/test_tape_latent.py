@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from moepack_runtime.tape.latent import read_off
 from moepack_runtime.tape.record import CannotRecord
 from moepack_runtime.tape.steps import Kv, NativeStep, Op
 from tests import families
-from tests.packs import make_family_pack, make_pack
+from tests.packs import FamilyPacks
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "longcat_flash")
 IDS = families.tokens(batch=1, length=40)
@@ -86,9 +85,9 @@ def logits(model: Any, start: int) -> Tensor:
 
 @needs_native
 @pytest.mark.parametrize("family", FAMILIES)
-def test_latents_are_attended_to(family: str, tmp_path: Path) -> None:
+def test_latents_are_attended_to(family: str, family_packs: FamilyPacks) -> None:
     """Also where the cache grows beyond its buffers, and with weights in float16."""
-    pack = make_family_pack(family, tmp_path)
+    pack = family_packs(family)
 
     def played(tape: bool, **options: Any) -> Tensor:
         model = load_pack(pack, tape=tape, **options)
@@ -105,9 +104,9 @@ def test_latents_are_attended_to(family: str, tmp_path: Path) -> None:
 
 
 @needs_native
-def test_a_conversation_goes_on(tmp_path: Path) -> None:
+def test_a_conversation_goes_on(family_packs: FamilyPacks) -> None:
     """Played tokens, several at once by transformers' own code, and played ones again."""
-    pack = make_family_pack("deepseek_v3", tmp_path)
+    pack = family_packs("deepseek_v3")
     found = []
     for tape in (False, True):
         model = load_pack(pack, activations="float", tape=tape)
@@ -162,14 +161,14 @@ def test_a_window_a_cap_and_sinks(half: bool, window: int, cap: float, with_sink
 @needs_native
 @pytest.mark.parametrize("prompt", [1, 4, 20])
 @pytest.mark.parametrize("family", ["dots3_note_text", "hy_v4"])
-def test_latents_with_windows_and_with_sinks(family: str, prompt: int, tmp_path: Path) -> None:
+def test_latents_with_windows_and_with_sinks(
+    family: str, prompt: int, family_packs: FamilyPacks
+) -> None:
     """The first has windows in some layers, the second sinks; indexers pick all there is."""
     changes = {"sliding_window": 5} if family == "dots3_note_text" else {}
-    model = families.random_model(family, index_topk=100, **changes)
-    families.save_checkpoint(model, tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    wanted = logits(load_pack(tmp_path / "pack", activations="float", tape=False), prompt)
-    model = load_pack(tmp_path / "pack", activations="float")
+    pack = family_packs(family, {"index_topk": 100, **changes})
+    wanted = logits(load_pack(pack, activations="float", tape=False), prompt)
+    model = load_pack(pack, activations="float")
     got = logits(model, prompt)
     assert model.moepack.tape.playing
     assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()

@@ -13,7 +13,7 @@ from moepack_runtime.tape import forward
 from moepack_runtime.tape.overlap import reads_early
 from moepack_runtime.tape.record import Opaque, Step
 from tests import families
-from tests.packs import make_pack
+from tests.packs import FamilyPacks
 
 IDS = families.tokens(batch=1, length=12)
 
@@ -47,11 +47,9 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> A
 # Shared experts ahead of the router, behind the routed experts, and of every kind between.
 @pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe"])
 def test_shared_experts_compute_while_records_are_read(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, family_packs: FamilyPacks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    families.save_checkpoint(families.random_model(family), tmp_path / "source")
-    folder = tmp_path / "pack"
-    make_pack(tmp_path / "source", folder, attn_bits=4, expert_bits=3, quantizer="rtn")
+    folder = family_packs(family)
     logits, before, after = recorded(folder, monkeypatch)
     assert "demand" not in kinds(before)
     assert "demand" in kinds(after)
@@ -74,11 +72,9 @@ def test_shared_experts_compute_while_records_are_read(
 
 
 def test_models_without_shared_experts_stay_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family_packs: FamilyPacks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    families.save_checkpoint(families.random_model("olmoe"), tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    _, before, after = recorded(tmp_path / "pack", monkeypatch)
+    _, before, after = recorded(family_packs("olmoe"), monkeypatch)
     assert [id(step) for step in before] == [id(step) for step in after]
 
 

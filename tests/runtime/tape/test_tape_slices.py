@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from moepack_runtime.tape.steps import (
     elementwise,
 )
 from tests import families
-from tests.packs import make_family_pack
+from tests.packs import FamilyPacks
 
 H, D = 6, 20
 
@@ -156,10 +155,12 @@ def test_sums_over_an_axis_are_never_divided_along_it() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "olmoe"])
-def test_whole_models(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_models(
+    family: str, family_packs: FamilyPacks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With runs of any size, on the smallest of models."""
     monkeypatch.setattr(slices, "BIG", 32)
-    folder, ids = make_family_pack(family, tmp_path), families.tokens(batch=1, length=10)
+    folder, ids = family_packs(family), families.tokens(batch=1, length=10)
     logits = []
     for tape in (True, False):
         model = load_pack(folder, activations="float", tape=tape)

@@ -18,7 +18,7 @@ from moepack_runtime.tape.caches import odd_kind, take_over
 from moepack_runtime.tape.record import CannotRecord, Recorder
 from moepack_runtime.tape.states import Home, can_be_played, state_holders, states_of
 from tests import families
-from tests.packs import make_family_pack
+from tests.packs import FamilyPacks
 
 IDS = families.tokens(batch=1, length=16)
 FAMILIES = ["qwen3_next", "lfm2_moe", "jamba", "nemotron_h", "minimax", "zaya"]
@@ -27,8 +27,8 @@ OTHER = families.tokens(batch=1, length=16, seed=5)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_family_pack(request.param, tmp_path_factory.mktemp(request.param))
+def pack(request: pytest.FixtureRequest, family_packs: FamilyPacks) -> Path:
+    return family_packs(request.param)
 
 
 class Text:

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from moepack_runtime.kernels import native
 from moepack_runtime.loading import load_pack
 from tests import families
-from tests.packs import make_family_pack
+from tests.packs import FamilyPacks
 
 IDS = families.tokens(batch=1, length=6)
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(native.available() is None, reason=native.why_no
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_family_pack("olmoe", tmp_path_factory.mktemp("olmoe"))
+def pack(family_packs: FamilyPacks) -> Path:
+    return family_packs("olmoe")
 
 
 @pytest.fixture

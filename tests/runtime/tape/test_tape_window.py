@@ -20,7 +20,7 @@ from moepack_runtime.tape.caches import take_over
 from moepack_runtime.tape.kv_states import GrowingStatesLayer, GrowingStatesWindowLayer
 from moepack_runtime.tape.kv_window import GrowingWindowLayer
 from tests import families
-from tests.packs import make_pack
+from tests.packs import FamilyPacks
 
 WINDOW = 5
 IDS = families.tokens(batch=1, length=40)
@@ -29,13 +29,9 @@ needs_native = pytest.mark.skipif(native.available() is None, reason=native.why_
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pack(family_packs: FamilyPacks) -> Path:
     """gpt_oss: every other layer has a window, and there are sinks."""
-    folder = tmp_path_factory.mktemp("gpt_oss")
-    model = families.random_model("gpt_oss", sliding_window=WINDOW)
-    families.save_checkpoint(model, folder / "source")
-    make_pack(folder / "source", folder / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    return folder / "pack"
+    return family_packs("gpt_oss", {"sliding_window": WINDOW})
 
 
 @pytest.fixture
@@ -114,12 +110,10 @@ def test_halves_and_a_second_prompt(pack: Path, monkeypatch: pytest.MonkeyPatch)
 @needs_native
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("prompt", [1, WINDOW - 1, 3 * WINDOW])
-def test_windows_beside_states(prompt: int, tmp_path: Path) -> None:
+def test_windows_beside_states(prompt: int, family_packs: FamilyPacks) -> None:
     kinds = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
-    source = families.random_model("zaya", sliding_window=WINDOW, layer_types=kinds)
-    families.save_checkpoint(source, tmp_path / "source")
-    make_pack(tmp_path / "source", tmp_path / "pack", attn_bits=4, expert_bits=3, quantizer="rtn")
-    cache = check_played(tmp_path / "pack", prompt)
+    pack = family_packs("zaya", {"sliding_window": WINDOW, "layer_types": kinds})
+    cache = check_played(pack, prompt)
     found = [type(layer) for layer in cache.layers]
     assert found == [GrowingStatesWindowLayer, GrowingStatesLayer, GrowingStatesWindowLayer]
     for layer in cache.layers[::2]:

@@ -30,7 +30,7 @@ from moepack_runtime.trace.trace_file import (
     read_trace,
 )
 from tests import families
-from tests.packs import make_pack
+from tests.packs import FamilyPacks
 
 LAYERS, EXPERTS, CHOICES, GUESSES = 3, 5, 2, 4
 INFO = TraceInfo(
@@ -226,10 +226,10 @@ def test_the_best_guesses_are_those_of_prefetch(pack: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "longcat_flash", "deepseek_v3", "phimoe"])
-def test_families_of_other_kinds_are_recorded(family: str, tmp_path: Path) -> None:
-    source = families.save_checkpoint(families.random_model(family), tmp_path / "source")
-    make_pack(source, tmp_path / "pack", quantizer="rtn")
-    model = load_pack(tmp_path / "pack", prefetch=False)
+def test_families_of_other_kinds_are_recorded(
+    family: str, tmp_path: Path, family_packs: FamilyPacks
+) -> None:
+    model = load_pack(family_packs(family), prefetch=False)
     with torch.no_grad(), RoutingRecorder(model, ahead=1) as recorder:
         recorder.find_routers()
         model(families.tokens(batch=1, length=6), use_cache=False)

@@ -70,8 +70,8 @@ test-native: $(STAMP)  ## run the kernels' tests under the address and undefined
 		MOEPACK_NATIVE_LIBRARY=$(CURDIR)/build/sanitized/runtime/csrc/libmoepack_native.so \
 		$(PY) -m pytest -q -p no:cacheprovider -k 'not every_family or olmoe' \
 		--ignore tests/runtime/kernels/triton_gpu \
-		tests/runtime/kernels tests/runtime/test_tape.py tests/runtime/test_tape_kv.py \
-		tests/runtime/test_tape_overlap.py tests/runtime/test_tape_latent.py $(TESTFLAGS)
+		tests/runtime/kernels tests/runtime/tape/test_tape.py tests/runtime/tape/test_tape_kv.py \
+		tests/runtime/tape/test_tape_overlap.py tests/runtime/tape/test_tape_latent.py $(TESTFLAGS)
 
 test-neon:  ## run the Arm kernels in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)
 	@mkdir -p build

@@ -14,7 +14,7 @@ from tests import families
 from tests.documented_families import documented
 from tests.more_families import MORE_FAMILIES
 from tests.packs import make_pack, with_weights_of_pack
-from tests.runtime.test_tape import IDS, assert_same, decode
+from tests.runtime.tape.test_tape import IDS, assert_same, decode
 
 NEW_TOKENS: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 

@@ -65,8 +65,8 @@ def test_elsewhere_the_signal_does_what_it_did(tmp_path: Path, handler: str) -> 
     program = f"""
 import faulthandler, mmap, os, signal, torch
 from pathlib import Path
-from moepack_runtime.guard import Guard
-from tests.runtime.test_guard import mapped_file
+from moepack_runtime.disk.truncation_guard import Guard
+from tests.runtime.disk.test_guard import mapped_file
 if {handler!r} == "faulthandler":
     faulthandler.enable()
 if {handler!r} == "python":

@@ -11,7 +11,7 @@ import torch
 from moepack_runtime.loading import load_pack
 from tests.packs import make_pack
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "tests" / "assets" / "tiny-moe"
 
 LEFT_OUT = ("torch._inductor", "torch.distributed.tensor", "hqq", "sympy.core")
@@ -30,7 +30,7 @@ def test_same_tokens_without_the_compiler(tmp_path: Path) -> None:
     keywords = {"max_new_tokens": 8, "do_sample": False}
     program = f"""if True:
         import sys, torch
-        from moepack_runtime.lean_imports import import_transformers
+        from moepack_runtime.lean_imports.lean_transformers import import_transformers
         import_transformers()
         from moepack_runtime.loading import load_pack
         model = load_pack(sys.argv[1])
@@ -45,7 +45,7 @@ def test_same_tokens_without_the_compiler(tmp_path: Path) -> None:
 
 def test_every_family_runs() -> None:
     program = """if True:
-        from moepack_runtime.lean_imports import import_transformers
+        from moepack_runtime.lean_imports.lean_transformers import import_transformers
         import_transformers()
         import torch
         from tests import families
@@ -63,7 +63,7 @@ def test_a_transformers_that_needs_the_compiler() -> None:
     """It is imported as usual, and told the truth about what is there."""
     program = """if True:
         import sys
-        from moepack_runtime import lean_imports
+        from moepack_runtime.lean_imports import lean_transformers as lean_imports
         real, calls = lean_imports._import, []
         def fussy():
             calls.append(sys.modules.get("torch._dynamo"))
@@ -83,9 +83,9 @@ def test_symbolic_sizes_are_there_for_who_asks() -> None:
     """The stand-ins answer for numbers as the real modules do, and give way to them."""
     program = """if True:
         import importlib, sys
-        from moepack_runtime.lean_imports import import_transformers
+        from moepack_runtime.lean_imports.lean_transformers import import_transformers
         import_transformers()
-        from moepack_runtime.plain_sizes import _OF_SHAPES
+        from moepack_runtime.lean_imports.plain_sizes import _OF_SHAPES
         name = "torch.fx.experimental.symbolic_shapes"
         stand_in = sys.modules[name]
         del sys.modules[name]

@@ -16,7 +16,7 @@ from moepack_runtime.tape.caches import take_over
 from moepack_runtime.tape.kv_window import GrowingWindowLayer
 from tests import families
 from tests.packs import make_pack
-from tests.runtime.test_tape_window import assert_same, check_played, decode, few
+from tests.runtime.tape.test_tape_window import assert_same, check_played, decode, few
 
 __all__ = ["few"]
 CHUNK = 5

@@ -15,7 +15,7 @@ from moepack_runtime.prefix_reuse import PrefixReuse
 from moepack_runtime.tape.kv_indexed import GrowingIndexedLayer, own_indexer
 from tests import families
 from tests.packs import make_family_pack
-from tests.runtime.test_tape import IDS, assert_same, decode
+from tests.runtime.tape.test_tape import IDS, assert_same, decode
 
 PICKED = 6
 """``index_topk`` of the tiny configs."""

@@ -10,7 +10,7 @@ import wrapt
 # middle of others, so the parts may import nothing that comes later.
 _PARTS = {
     "transformers.models.auto.configuration_auto": "pack_config",
-    "transformers.quantizers.auto": "plugin",
+    "transformers.quantizers.auto": "quantizer",
 }
 
 

@@ -21,6 +21,7 @@ from .kernels import Engine, FusedExperts
 from .prefetch.guesses import Speculator
 from .routing.cache_bias import CacheBias
 from .statistics import Statistics
+from .trunk.packed_modules import refuse_gradients
 
 Watcher = Callable[[int, Tensor, Tensor], None]
 """``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
@@ -71,6 +72,7 @@ class ExpertsCompute:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
+        refuse_gradients(hidden)
         if self.stand_in is not None:
             return self.stand_in(hidden, top_k_index, top_k_weights)
         return self.compute(hidden, top_k_index, top_k_weights)

@@ -26,6 +26,8 @@ SMALL_TOKENS = 8
 """Up to this many tokens float activations are multiplied with packed bytes; above, decoding the
 matrix once is faster. For int8 activations it never is."""
 
+_keeping = threading.Lock()
+
 
 class NativeEngine:
     """The library in ``csrc``.
@@ -38,19 +40,19 @@ class NativeEngine:
     def __init__(self, *, int8: bool, threads: int | None = None) -> None:
         self.int8, self._own_threads = int8, threads
         self._kept: int | None = None
-        self._keepers, self._lock = 0, threading.Lock()
+        self._keepers = 0
 
     @contextmanager
     def threads_kept(self) -> Iterator[None]:
-        """As many threads as now, whatever becomes of torch's; blocks of several threads overlap."""
-        with self._lock:
+        """As many threads as now, whatever becomes of torch's; blocks may overlap."""
+        with _keeping:
             if self._keepers == 0:
                 self._kept = self.threads
             self._keepers += 1
         try:
             yield
         finally:
-            with self._lock:
+            with _keeping:
                 self._keepers -= 1
                 if self._keepers == 0:
                     self._kept = None

@@ -36,7 +36,7 @@ def auto_class_of(config_class: type[PreTrainedConfig]) -> Any:
 
 def classes_of(config_class: type[PreTrainedConfig]) -> tuple[type, ...]:
     """The model classes that generate text with this config."""
-    found: list[type] = []
+    found: list[Any] = []
     for auto_class in _AUTO_CLASSES:
         if config_class in auto_class._model_mapping:
             one = auto_class._model_mapping[config_class]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moepack_formats.errors import UsageError
 
-from ..trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead
+from ..trunk.packed_modules import PackedEmbedding, PackedLinear, TiedHead, refuse_copy
 
 
 def refuse(model: nn.Module) -> None:
@@ -22,7 +22,8 @@ def refuse(model: nn.Module) -> None:
         model: With its weights, on its device.
     """
     weak, this = weakref.ref(model), cast(Any, model)
-    apply, resize = type(model)._apply, cast(Any, type(model)).resize_token_embeddings
+    apply: Callable[..., nn.Module] = cast(Any, type(model))._apply
+    resize: Callable[..., Any] = cast(Any, type(model)).resize_token_embeddings
 
     @functools.wraps(apply)
     def checked_apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -49,14 +50,7 @@ def refuse(model: nn.Module) -> None:
         return resize(living, new_num_tokens, *args, **kwargs)
 
     this._apply, this.resize_token_embeddings = checked_apply, checked_resize
-    this.__deepcopy__ = this.__reduce_ex__ = _refuse_copy
-
-
-def _refuse_copy(*_: object) -> NoReturn:
-    raise UsageError(
-        "a loaded pack cannot be copied or pickled",
-        remedy="load it again where it is needed, with from_pretrained",
-    )
+    this.__deepcopy__ = this.__reduce_ex__ = refuse_copy
 
 
 def _changes_nothing(fn: Callable[[Tensor], Tensor], model: Any) -> bool:

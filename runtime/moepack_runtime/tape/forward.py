@@ -27,7 +27,7 @@ from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
 from .record import CannotRecord, Recorder, Step, differences, reading_position, recording
-from .seen import Hooks, Weights
+from .seen import Weights, Wishes
 from .states import Home, state_holders
 from .torch_threads import TorchThreads
 
@@ -39,9 +39,6 @@ TOLERANCE = 1e-3
 _IGNORED = {"use_cache", "logits_to_keep", "return_dict", "cache_position", "tokenizer"}
 """Arguments of forward that make no difference to one token. The tokenizer is for stop texts;
 generate() hands it on to the model."""
-
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Fields of a config that ask for more than logits."""
 
 _REPLACED_EARLY = 4
 """Recordings in a row that were of weights replaced before so many tokens were played: the next
@@ -74,7 +71,7 @@ class TapeForward:
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
         self._computes, self._engine, self._stats = computes, engine, stats
-        self._hooks = Hooks(model)
+        self._wishes = Wishes(model)
         self._weights: Weights | None = None  # as they were recorded
         self._played = self._replaced_early = 0
         self._speculator = speculator
@@ -165,7 +162,7 @@ class TapeForward:
         if args or not isinstance(ids, Tensor) or ids.shape != (1, 1):
             return None
         model = cast(Any, self._model())
-        if model.training or self._hooks.somebody_looks or _more_than_logits(model.config):
+        if self._wishes.more_than_logits(model):
             return None
         for name, value in kwargs.items():
             known = name in _IGNORED or name in (
@@ -201,7 +198,9 @@ class TapeForward:
         ):
             return None
         token = int(ids)
-        if not 0 <= token < model.get_input_embeddings().num_embeddings:  # the embedding's own error says so
+        if (
+            not 0 <= token < model.get_input_embeddings().num_embeddings
+        ):  # the embedding's own error says so
             return None
         return token, layers
 
@@ -283,7 +282,7 @@ class TapeForward:
     def _begin_again(self) -> None:
         """Forget the recording: the model's weights or modules are not those that it reads."""
         self._player = self._lean = self._home = self._weights = None
-        self._hooks.look_again(cast(nn.Module, self._model()))
+        self._wishes.look_again(cast(nn.Module, self._model()))
         self._replaced_early += 1
         if self._played >= _REPLACED_EARLY:
             self._replaced_early = 0
@@ -403,14 +402,6 @@ def _check(model: nn.Module) -> None:
             raise CannotRecord(f"{kind['rope_type']} position embeddings change with the length")
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise CannotRecord("the model takes no positions")
-
-
-def _more_than_logits(config: Any) -> bool:
-    return any(
-        getattr(one, name, False)
-        for one in {id(c): c for c in (config, config.get_text_config())}.values()
-        for name in _OUTPUTS
-    )
 
 
 def _rewind(layers: list[GrowingLayer], length: int) -> None:

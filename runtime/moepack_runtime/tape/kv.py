@@ -37,7 +37,7 @@ def fits_half(numbers: Tensor) -> bool:
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """What is made in inference mode could not be written to outside of it: a cache goes on there."""
+    """What is made in inference mode cannot be written to outside, where a cache may go on."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

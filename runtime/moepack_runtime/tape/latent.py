@@ -86,7 +86,9 @@ def read_off(module: Any, latent: int, rotary: int, *, half: bool) -> Expansion:
         raise CannotRecord("keys are made in an unknown way")
     first, at = int(made[0]), int(placed[0])
     wanted = torch.zeros_like(moved)
-    wanted[..., at : at + rotary] = torch.eye(some, rotary, dtype=_FLOAT)[:, : wanted.shape[-1] - at]
+    wanted[..., at : at + rotary] = torch.eye(some, rotary, dtype=_FLOAT)[
+        :, : wanted.shape[-1] - at
+    ]
     if not torch.equal(moved, wanted):
         raise CannotRecord("rotary keys are changed on the way to the heads")
     key_weights = keys[:, :, first : int(made[-1]) + 1].contiguous()

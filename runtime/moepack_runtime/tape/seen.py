@@ -17,13 +17,18 @@ from torch.nn.modules import module as of_all_modules
 _version = attrgetter("_version")
 _training = itemgetter("training")
 
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Fields of a config that ask for more than logits."""
+
 _HARMLESS = ("moepack_runtime.", "transformers.utils.output_capturing")
-"""Where hooks are from that have nothing to see in a played token. transformers' own stay on a model
-after a call that asked for hidden states, and do nothing in calls that do not."""
+"""Where hooks are from that have nothing to see in a played token. transformers' own stay on a
+model after a call that asked for hidden states, and do nothing in calls that do not."""
 
 
-class Hooks:
-    """The hooks, forwards and modes of a model's submodules; its own hooks are called at any rate.
+class Wishes:
+    """What a model's config, its mode, and hooks and forwards of its submodules ask of a pass.
+
+    Hooks of the model itself are called at any rate.
 
     Args:
         model: The model, as nobody has changed it yet.
@@ -31,6 +36,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._harmless: set[int] = set()
+        self._depth = _depth(model)
         self._own: dict[nn.Module, Any] = {}
         self.look_again(model)
 
@@ -48,9 +54,20 @@ class Hooks:
         self._attributes = [vars(module) for module in modules]
         self._forwards = list(self._own.values())
 
-    @property
-    def somebody_looks(self) -> bool:
-        """Whether a user wants to see, or do, something inside of a pass, or modules are trained."""
+    def more_than_logits(self, model: nn.Module) -> bool:
+        """Whether a user wants to see, or do, something inside of a pass.
+
+        So does ``generate()`` where it guesses tokens with the first few layers.
+        """
+        config: Any = model.config
+        if model.training or _depth(model) != self._depth:
+            return True
+        inner = config.get_text_config()
+        if any(getattr(one, name, False) for one in (config, inner) for name in _OUTPUTS):
+            return True
+        return self._somebody_looks()
+
+    def _somebody_looks(self) -> bool:
         if any(map(_training, self._attributes)):
             return True
         forwards = list(map(dict.get, self._attributes, repeat("forward")))
@@ -89,6 +106,11 @@ class Weights:
         held = chain.from_iterable(map(dict.values, self._tables))
         addresses = map(Tensor.data_ptr, self._tensors)
         return list(map(id, held)), list(addresses), list(map(_version, self._counted))
+
+
+def _depth(model: nn.Module) -> Any:
+    config: Any = model.config
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
 def _is_tensor(value: object) -> bool:

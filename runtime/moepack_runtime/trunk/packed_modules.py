@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ def refuse_gradients(x: Tensor) -> None:
             "packs are for inference: no gradients go through packed weights",
             remedy="call the model inside torch.no_grad(), or train the source model",
         )
+
+
+def refuse_copy(*_: object) -> NoReturn:
+    """Experts are files and threads.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        "a loaded pack cannot be copied or pickled",
+        remedy="load it again where it is needed, with from_pretrained",
+    )
 
 
 class PackedLinear(nn.Module):

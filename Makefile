@@ -94,7 +94,8 @@ test-native: $(STAMP)  ## run the kernels' tests under the address and undefined
 		MOEPACK_NATIVE_LIBRARY=$(CURDIR)/build/sanitized/runtime/csrc/libmoepack_native.so \
 		$(PY) -m pytest -q -p no:cacheprovider -k 'not every_family or olmoe' \
 		--ignore tests/runtime/kernels/triton_gpu \
-		tests/moepack/quant/test_native_solver.py tests/runtime/kernels tests/runtime/tape/test_tape.py tests/runtime/tape/test_tape_kv.py \
+		tests/moepack/quant/test_native_solver.py tests/runtime/kernels \
+		tests/runtime/tape/test_tape.py tests/runtime/tape/test_tape_kv.py \
 		tests/runtime/tape/test_tape_overlap.py tests/runtime/tape/test_tape_latent.py $(TESTFLAGS)
 
 test-neon:  ## run the Arm kernels in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)

@@ -26,6 +26,7 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("top_logprobs", "presence_penalty"), (0, 0.0)),
     **dict.fromkeys(("response_format", "text"), _PLAIN),
     **dict.fromkeys(("functions", "function_call", "previous_response_id"), ()),
+    "logit_bias": ({},),
     **dict.fromkeys(("tool_choice", "truncation"), ("auto", "disabled")),
 }
 """Fields that the handlers pass over, with the values that mean what they do anyway."""
@@ -112,8 +113,12 @@ async def _answer(
     seed = body.pop("seed", None)
     if not (seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63)):
         return _error(400, "seed must be an integer of 64 bits")
-    if not body.get("stop", True):
-        del body["stop"]  # an empty list
+    stop = body.get("stop")
+    texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(text, str) and text for text in texts):
+        return _error(400, "stop must be a text, or a list of texts, none of them empty")
+    if not texts:
+        body.pop("stop", None)
     job = Job(seed)
     current_job.set(job)
     work = asyncio.ensure_future(handler.handle_request(body, f"{prefix}{uuid.uuid4().hex}"))

@@ -191,7 +191,7 @@ class ExpertsAdapter:
             if owner._parameters.pop(leaf, None) is not None:
                 # Some families initialise the parameter from the block around the experts: it
                 # finds a tensor of no content there, which says that nothing is left to do.
-                nothing = torch.empty(0)
+                nothing = torch.empty(0, dtype=torch.float32)
                 cast(Any, nothing)._is_hf_initialized = True
                 setattr(owner, leaf, nothing)
             cast(Any, owner)._is_hf_initialized = True

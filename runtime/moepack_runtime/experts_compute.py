@@ -6,7 +6,7 @@ Shape letters: T tokens, K experts a token, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .kernels import Engine, FusedExperts
 from .prefetch.guesses import Speculator
 from .routing.cache_bias import CacheBias
 from .statistics import Statistics
+from .trunk.packed_modules import refuse_copy, refuse_gradients
 
 Watcher = Callable[[int, Tensor, Tensor], None]
 """``watcher(layer, top_k_index [T, K], top_k_weights [T, K])``"""
@@ -71,9 +72,13 @@ class ExpertsCompute:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` [T, H], ``top_k_index`` [T, K], ``top_k_weights`` [T, K] to [T, H]."""
+        refuse_gradients(hidden)
         if self.stand_in is not None:
             return self.stand_in(hidden, top_k_index, top_k_weights)
         return self.compute(hidden, top_k_index, top_k_weights)
+
+    def __reduce_ex__(self, *_: object) -> NoReturn:
+        refuse_copy()
 
     def compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What a call does unless something stands in for it."""

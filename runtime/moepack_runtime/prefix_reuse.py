@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ class Streamer(Protocol):
 class PrefixReuse:
     """A model's ``generate()`` that keeps the cache of the last text for the next.
 
-    Not for several threads at once.
+    Texts of several threads take turns.
 
     Args:
         model: A loaded pack.
@@ -87,7 +88,7 @@ class PrefixReuse:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, self._lock = model, threading.RLock()
         self._cache: Cache | None = None
         self._text: list[int] = []  # that the cache holds
         self._goes_on: bool | None = None  # None until a model with states was asked
@@ -113,12 +114,20 @@ class PrefixReuse:
         Returns:
             ``[1, T + new]``.
         """
+        with self._lock:
+            return self._in_turn(input_ids, streamer, check, options)
+
+    def _in_turn(
+        self, input_ids: Tensor, streamer: Streamer | None, check: Check, options: dict[str, Any]
+    ) -> Tensor:
         options["attention_mask"] = torch.ones_like(input_ids)
         hooks: list[Any] = []
         if check is not None:
-            ask = check
+            ask, thread = check, threading.get_ident()
 
             def before(*_: object) -> None:
+                if threading.get_ident() != thread:  # another's pass
+                    return
                 if not torch.compiler.is_compiling():  # a compiled pass runs no hooks
                     ask()
 

@@ -212,6 +212,12 @@ def test_bodies_that_are_no_objects(server: Served, body: bytes) -> None:
         ("/chat/completions", {"response_format": {"type": "json_object"}}, "response_format is"),
         ("/chat/completions", {"tool_choice": "required"}, "tool_choice is not supported"),
         ("/responses", {"previous_response_id": "x"}, "previous_response_id is not supported"),
+        ("/chat/completions", {"logit_bias": {"5": 100}}, "logit_bias is not supported"),
+        ("/completions", {"prompt": "x", "logit_bias": {"5": 100}}, "logit_bias is not supported"),
+        ("/completions", {"prompt": "x", "stop": 5}, "stop must be a text"),
+        ("/completions", {"prompt": "x", "stop": ["a", 5]}, "stop must be a text"),
+        ("/completions", {"prompt": "x", "stop": ""}, "stop must be a text"),
+        ("/completions", {"prompt": "x", "stop": ["a", ""]}, "stop must be a text"),
     ],
 )
 def test_requests_that_cannot_be_used(

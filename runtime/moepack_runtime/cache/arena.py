@@ -36,7 +36,7 @@ def zeros_in_huge_pages(rows: int, cols: int) -> Tensor:
     and taking those costs more than what is computed with them.
     """
     if rows * cols == 0:
-        return torch.zeros(rows, cols)
+        return torch.zeros(rows, cols, dtype=torch.float32)
     memory = huge_pages(rows * cols * 4)  # which come as zeros
     return torch.frombuffer(memory, dtype=torch.float32, count=rows * cols).view(rows, cols)
 

@@ -73,13 +73,13 @@ class CpuHelper:
         """
         fused = self._kernels(layer)
         assert fused is not None  # choose() names experts only where there is one
-        outputs = torch.empty(len(experts), len(x))
+        outputs = torch.empty(len(experts), len(x), dtype=torch.float32)
         start, nbytes = self._link.clock(), 0
         for records in self._host.fetch_ready(layer, list(dict.fromkeys(experts))):
             here = [row for row, expert in enumerate(experts) if expert in records]
             data = [records[experts[row]] for row in here]
             specs = [self._pack.layers[layer][experts[row]].spec for row in here]
-            part = torch.empty(len(here), len(x))
+            part = torch.empty(len(here), len(x), dtype=torch.float32)
             outputs[here] = fused(x, data, specs, weights[here], part)
             nbytes += sum(record.numel() for record in data)
         self._link.host_worked(nbytes)

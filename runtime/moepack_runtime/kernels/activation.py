@@ -28,8 +28,8 @@ def recognize(adapter: ExpertsAdapter) -> Activation | None:
     width = adapter.intermediate_size
     generator = torch.Generator().manual_seed(0)
     # Beyond every bound at which a family clamps, on both sides.
-    gate = torch.randn(_PROBES, width, generator=generator) * 8
-    up = torch.randn(_PROBES, width, generator=generator) * 8
+    gate = torch.randn(_PROBES, width, generator=generator, dtype=torch.float32) * 8
+    up = torch.randn(_PROBES, width, generator=generator, dtype=torch.float32) * 8
     output = gate.new_ones(1, adapter.hidden_size)
     try:
         if adapter.finish(output) is not output:

@@ -88,7 +88,7 @@ def linear(
     check_bytes(packed, _packed_nbytes(scheme.name, rows, cols), scheme.name)
     x_address = check_floats(x, (tokens, cols), "x")
     bias_address = None if bias is None else check_floats(bias, (rows,), "bias")
-    y = torch.empty(tokens, rows)
+    y = torch.empty(tokens, rows, dtype=torch.float32)
     check(
         loaded().moepack_linear(
             SCHEME_NUMBERS[scheme.name],

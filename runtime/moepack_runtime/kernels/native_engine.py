@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden size, I intermediate size, K experts of a toke
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ SMALL_TOKENS = 8
 """Up to this many tokens float activations are multiplied with packed bytes; above, decoding the
 matrix once is faster. For int8 activations it never is."""
 
+_keeping = threading.Lock()
+
 
 class NativeEngine:
     """The library in ``csrc``.
@@ -36,20 +39,28 @@ class NativeEngine:
 
     def __init__(self, *, int8: bool, threads: int | None = None) -> None:
         self.int8, self._own_threads = int8, threads
+        self._kept: int | None = None
+        self._keepers = 0
 
     @contextmanager
     def threads_kept(self) -> Iterator[None]:
-        """As many threads as now, whatever becomes of torch's."""
-        own, self._own_threads = self._own_threads, self.threads
+        """As many threads as now, whatever becomes of torch's; blocks may overlap."""
+        with _keeping:
+            if self._keepers == 0:
+                self._kept = self.threads
+            self._keepers += 1
         try:
             yield
         finally:
-            self._own_threads = own
+            with _keeping:
+                self._keepers -= 1
+                if self._keepers == 0:
+                    self._kept = None
 
     @property
     def threads(self) -> int:
         """Threads that compute."""
-        return self._own_threads or torch.get_num_threads()
+        return self._own_threads or self._kept or torch.get_num_threads()
 
     @property
     def name(self) -> str:

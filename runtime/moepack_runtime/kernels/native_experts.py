@@ -89,7 +89,7 @@ class FusedExperts:
             check_bytes(record, spec.payload_nbytes, "record")
         if outputs is not None:
             check_floats(outputs, (count, hidden), "outputs")
-        y = torch.empty(hidden) if outputs is None else None
+        y = torch.empty(hidden, dtype=torch.float32) if outputs is None else None
         pointers = POINTER * count
         check(
             loaded().moepack_experts(

@@ -32,3 +32,13 @@ def auto_class_of(config_class: type[PreTrainedConfig]) -> Any:
         where="config.json",
         remedy=supported_experts(),
     )
+
+
+def classes_of(config_class: type[PreTrainedConfig]) -> tuple[type, ...]:
+    """The model classes that generate text with this config."""
+    found: list[Any] = []
+    for auto_class in _AUTO_CLASSES:
+        if config_class in auto_class._model_mapping:
+            one = auto_class._model_mapping[config_class]
+            found += one if isinstance(one, (tuple, list)) else [one]
+    return tuple(dict.fromkeys(found))

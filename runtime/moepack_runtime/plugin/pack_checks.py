@@ -20,7 +20,7 @@ def check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdapt
 
     Raises:
         FormatError: It does not.
-        UsageError: The model was not loaded through an auto class.
+        UsageError: The model was not loaded through an auto class, or through one of another kind.
     """
     entries, family = pack.manifest.layers, pack.manifest.model_type
     if model.config.model_type == MODEL_TYPE:
@@ -36,6 +36,17 @@ def check_layers(model: PreTrainedModel, pack: Pack, adapters: list[ExpertsAdapt
             where=pack.folder,
             wanted=family,
             got=model.config.model_type,
+        )
+    from .auto_class import auto_class_of, classes_of  # needs all of transformers
+
+    wanted = classes_of(type(model.config))
+    if wanted and not isinstance(model, wanted):
+        auto = auto_class_of(type(model.config)).__name__
+        raise UsageError(
+            "a pack is loaded as a model that generates text",
+            wanted=" or ".join(one.__name__ for one in wanted),
+            got=type(model).__name__,
+            remedy=f"use {auto}.from_pretrained",
         )
     if len(entries) != len(adapters):
         raise FormatError(

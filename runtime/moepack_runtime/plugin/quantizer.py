@@ -45,6 +45,8 @@ from ..trunk.files import check_fits, check_trunk, copy_out_of_files, trunk_nbyt
 from ..trunk.packed_modules import leave_embeddings, swap_modules
 from .pack_checks import check_layers, check_pins
 from .pack_config import MODEL_TYPE
+from .refusals import refuse
+from .turns import Turns, take_turns
 
 if TYPE_CHECKING:  # this module is imported while transformers is still importing its own
     from transformers import PreTrainedModel
@@ -78,6 +80,7 @@ class PackRuntime:
         compiled: Decodes on a GPU if it was asked for; None otherwise.
         budget: What the process may take, and what it needs.
         fixed: What takes GPU memory besides experts; None on the CPU.
+        turns: Lets one thread at a time compute.
         left_in_file: Trunk tensors that are read piece by piece instead of kept in memory.
     """
 
@@ -104,6 +107,7 @@ class PackRuntime:
         self.tape: TapeForward | None = None
         self.compiled: CompiledTrunk | None = None
         self.left_in_file: list[str] = []
+        self.turns = Turns()
         self.tier: DeviceTier | None = None
         options = current_options()
         self.adapters = adapters = find_experts(model)
@@ -208,9 +212,14 @@ class PackRuntime:
         parts = self.adapters, self.device_layers, guesses, self.tier.link
         self.compiled = CompiledTrunk(model, *parts, self.fixed.tokens)
 
+    def take_turns(self, model: PreTrainedModel) -> None:
+        """Let one thread at a time call the model."""
+        # A graph cannot wait: where passes are compiled, texts take turns.
+        take_turns(model, "generate" if current_options().compile else "forward", self.turns)
+
     def close(self) -> None:
         """End threads and close files."""
-        _close(self.residency, self.pack)
+        _close(self.residency, self.pack, self.turns)
 
 
 @register_quantization_config(MODEL_TYPE)
@@ -299,9 +308,12 @@ class MoepackQuantizer(HfQuantizer):
             register_experts_function()
             model.set_experts_implementation(IMPLEMENTATION)
             cast(Any, model).moepack = runtime
+            if model.base_model is not model and not current_options().compile:
+                take_turns(model.base_model, "forward", runtime.turns)
             runtime.record_decoding(model)
+            runtime.take_turns(model)
             # Not runtime.close: the runtime knows the model, and would keep it alive.
-            weakref.finalize(model, _close, runtime.residency, pack)
+            weakref.finalize(model, _close, runtime.residency, pack, runtime.turns)
             opened.pop_all()  # from here on all of it ends with the model
         return model
 
@@ -318,6 +330,7 @@ class MoepackQuantizer(HfQuantizer):
             copy_out_of_files(model)
         runtime: PackRuntime = cast(Any, model).moepack
         runtime.compile_decoding(model)
+        refuse(model)
         self._compiles = runtime.compiled is not None and runtime.compiled.refusal is None
         return model
 
@@ -343,7 +356,9 @@ class MoepackQuantizer(HfQuantizer):
         return False
 
 
-def _close(residency: Residency, pack: Pack) -> None:
+def _close(residency: Residency, pack: Pack, turns: Turns) -> None:
+    if not turns.in_this_process:  # a child, which has none of the threads
+        return
     residency.close()
     pack.close()
 

@@ -213,9 +213,9 @@ class Speculator:
     def end_token(self) -> None:
         """A pass is over; its time counts where that of a token is measured."""
         # From the first experts to the end: what happens between tokens is the caller's.
-        if self._token_began is not None:
-            self._trial.took(self._clock() - self._token_began)
-            self._token_began = None
+        began, self._token_began = self._token_began, None  # other threads may come between
+        if began is not None:
+            self._trial.took(self._clock() - began)
 
     def _guess(self, target: int, indices: Tensor | None) -> None:
         """Start reading what the router of ``target`` picked."""

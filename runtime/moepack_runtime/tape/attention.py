@@ -184,13 +184,13 @@ def _mask(
 
     if recorder.unrecorded(goes_on):
         return None
-    mask = recorder.unrecorded(lambda: torch.zeros(1, 1, 1, 1))
+    mask = recorder.unrecorded(lambda: torch.zeros(1, 1, 1, 1, dtype=torch.float32))
     setattr(mask, _CHUNK, size)
     return cast(Tensor, mask)
 
 
 def _no_mask(q_length: int, kv_length: int, **_: Any) -> Tensor:
-    return torch.zeros(1, 1, q_length, kv_length)
+    return torch.zeros(1, 1, q_length, kv_length, dtype=torch.float32)
 
 
 def _reference(

@@ -27,6 +27,7 @@ from .overlap import reads_early, without_asking
 from .player import Player
 from .profile import Profile
 from .record import CannotRecord, Recorder, Step, differences, reading_position, recording
+from .seen import Weights, Wishes
 from .states import Home, state_holders
 from .torch_threads import TorchThreads
 
@@ -38,6 +39,10 @@ TOLERANCE = 1e-3
 _IGNORED = {"use_cache", "logits_to_keep", "return_dict", "cache_position", "tokenizer"}
 """Arguments of forward that make no difference to one token. The tokenizer is for stop texts;
 generate() hands it on to the model."""
+
+_REPLACED_EARLY = 4
+"""Recordings in a row that were of weights replaced before so many tokens were played: the next
+would not last either."""
 
 _GROWING_ROPE = ("dynamic", "longrope")
 """Position embeddings that change with the length, which Python decides."""
@@ -66,7 +71,9 @@ class TapeForward:
         self._model = weakref.ref(model)
         self._forward: Callable[..., Any] = type(model).forward
         self._computes, self._engine, self._stats = computes, engine, stats
-        self._rows = cast(Any, model).get_input_embeddings().num_embeddings
+        self._wishes = Wishes(model)
+        self._weights: Weights | None = None  # as they were recorded
+        self._played = self._replaced_early = 0
         self._speculator = speculator
         self._answers: Answers = {}
         self.torch_threads = TorchThreads(engine)
@@ -110,29 +117,37 @@ class TapeForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward``."""
-        found = None if self._why_not is not None else self._one_token(args, kwargs)
+        # Memory that was taken in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            found = None if self._why_not is not None else self._one_token(args, kwargs)
         self.torch_threads.expect(played=found is not None and self._player is not None)
         if found is None or self._looking():
             return self._forward(self._model(), *args, **kwargs)
         token, layers = found
         states = state_holders(kwargs["past_key_values"])
         position = layers[0].get_seq_length()
-        with torch.no_grad():
-            if self._player is None:
+        with torch.inference_mode(False), torch.no_grad():
+            if self._weights is not None and not self._weights.same:
+                self._begin_again()
+            if self._player is None and self._why_not is None:
                 try:
                     with self._engine.float_activations(), self._stats.uncounted():
                         self._record(token, layers, kwargs["past_key_values"])
                 except CannotRecord as reason:
                     _rewind(layers, position)
                     self._give_up(str(reason))
-                    return self._forward(self._model(), *args, **kwargs)
                 except BaseException:  # Ctrl-C, a record that cannot be read
                     _rewind(layers, position)
                     raise
-            assert self._output is not None
-            assert self._home is not None
-            self._home.move_in(states)
-            logits = self._play(self._best_player(), token, position, layers)
+            if self._player is not None:
+                assert self._home is not None
+                self._home.move_in(states)
+                logits = self._play(self._best_player(), token, position, layers)
+                self._played += 1
+        if self._player is None:
+            self.torch_threads.expect(played=False)
+            return self._forward(self._model(), *args, **kwargs)
+        assert self._output is not None
         for compute in self._computes:
             compute.settle()
         return self._output(logits=logits, past_key_values=kwargs["past_key_values"])
@@ -145,6 +160,9 @@ class TapeForward:
         if any(compute.watcher is not None for compute in self._computes):
             return None  # which a played token might pass by
         if args or not isinstance(ids, Tensor) or ids.shape != (1, 1):
+            return None
+        model = cast(Any, self._model())
+        if self._wishes.more_than_logits(model):
             return None
         for name, value in kwargs.items():
             known = name in _IGNORED or name in (
@@ -180,7 +198,9 @@ class TapeForward:
         ):
             return None
         token = int(ids)
-        if not 0 <= token < self._rows:  # the embedding's own error says so
+        if (
+            not 0 <= token < model.get_input_embeddings().num_embeddings
+        ):  # the embedding's own error says so
             return None
         return token, layers
 
@@ -199,6 +219,7 @@ class TapeForward:
         # code, and many of these look like an error.
         model = cast(nn.Module, self._model())
         _check(model)
+        weights = Weights(model)
         start, states = layers[0].get_seq_length(), state_holders(cache)
         home = Home(states)
         other = (token + 1) % cast(Any, model).config.get_text_config().vocab_size
@@ -252,11 +273,22 @@ class TapeForward:
         if self._answers and not any(compute.reads for compute in self._computes):
             self._lean = player_of(without_asking(second, (output.logits, *home.tensors)))
         self._player = player_of(second, list(self._answers.values()))
-        self._home = home
+        self._home, self._weights = home, weights
         for compute in self._computes:
             compute.settle()
         self._output = type(output)
         _log.info("%s", self.describe())
+
+    def _begin_again(self) -> None:
+        """Forget the recording: the model's weights or modules are not those that it reads."""
+        self._player = self._lean = self._home = self._weights = None
+        self._wishes.look_again(cast(nn.Module, self._model()))
+        self._replaced_early += 1
+        if self._played >= _REPLACED_EARLY:
+            self._replaced_early = 0
+        self._played = 0
+        if self._replaced_early == _REPLACED_EARLY:
+            self._give_up("its weights are replaced all the time")
 
     def _looking(self) -> bool:
         """Whether the routers are yet to be found, in a pass of transformers' own."""

@@ -9,6 +9,8 @@ what is handed out is a float32 copy. A layer with numbers that float16 cannot h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,13 @@ def fits_half(numbers: Tensor) -> bool:
     return low <= float(numbers.detach().abs().amax()) <= high  # a NaN is in no range
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """What is made in inference mode cannot be written to outside, where a cache may go on."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class Buffers:
     """The buffers of one layer: ``[1, heads, capacity, width]`` each, filled from the front.
 
@@ -48,7 +57,9 @@ class Buffers:
     def __init__(self, keys: Tensor, values: Tensor, half: bool) -> None:
         self.filled = 0
         dtype = torch.float16 if half else keys.dtype
-        self.keys, self.values = keys[:, :, :0].to(dtype), values[:, :, :0].to(dtype)
+        with outside_inference_mode():
+            self.keys = keys.new_empty((*keys.shape[:2], 0, keys.shape[3]), dtype=dtype)
+            self.values = values.new_empty((*values.shape[:2], 0, values.shape[3]), dtype=dtype)
         self.write(0, keys, values)
 
     @property
@@ -65,6 +76,10 @@ class Buffers:
         """Make room for so many tokens in all."""
         if tokens <= self.capacity:
             return
+        with outside_inference_mode():
+            self._grow(tokens)
+
+    def _grow(self, tokens: int) -> None:
         capacity = max(tokens, self.capacity + max(GROWTH, self.capacity // 2))
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
@@ -80,10 +95,15 @@ class Buffers:
 
     def widen(self) -> None:
         """Go on in float32."""
-        self.keys, self.values = self.keys.float(), self.values.float()
+        with outside_inference_mode():
+            self.keys, self.values = self.keys.float(), self.values.float()
 
     def write(self, at: int, keys: Tensor, values: Tensor) -> int:
         """Put tokens at a place and forget what was behind it; returns where they end."""
+        with outside_inference_mode():
+            return self._write(at, keys, values)
+
+    def _write(self, at: int, keys: Tensor, values: Tensor) -> int:
         end = at + keys.shape[2]
         self.filled = min(self.filled, at)
         if self.half and not (fits_half(keys) and fits_half(values)):

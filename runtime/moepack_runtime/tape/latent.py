@@ -21,6 +21,8 @@ from .kv import fits_half
 from .record import CannotRecord
 from .steps import Kv, Latent
 
+_FLOAT = torch.float32
+
 
 @dataclass(frozen=True)
 class Expansion:
@@ -70,11 +72,11 @@ def read_off(module: Any, latent: int, rotary: int, *, half: bool) -> Expansion:
     """
     with torch.no_grad():
         # One more token of zeros, which has to stay zeros.
-        unit = torch.eye(latent + 1, latent)[None, None]
-        keys, values = module.expand_kv(unit, torch.zeros(1, 1, latent + 1, rotary))
+        unit = torch.eye(latent + 1, latent, dtype=_FLOAT)[None, None]
+        keys, values = module.expand_kv(unit, torch.zeros(1, 1, latent + 1, rotary, dtype=_FLOAT))
         some = max(rotary, 1)  # there may be no rotary keys
-        nothing = torch.zeros(1, 1, some, latent)
-        moved, none = module.expand_kv(nothing, torch.eye(some, rotary)[None, None])
+        nothing = torch.zeros(1, 1, some, latent, dtype=_FLOAT)
+        moved, none = module.expand_kv(nothing, torch.eye(some, rotary, dtype=_FLOAT)[None, None])
     if keys[:, :, -1].any() or values[:, :, -1].any() or none.any():
         raise CannotRecord("keys or values are no linear map of what the cache holds")
     keys, values = keys[0, :, :-1], values[0, :, :-1]  # [heads, latent, width]
@@ -84,7 +86,9 @@ def read_off(module: Any, latent: int, rotary: int, *, half: bool) -> Expansion:
         raise CannotRecord("keys are made in an unknown way")
     first, at = int(made[0]), int(placed[0])
     wanted = torch.zeros_like(moved)
-    wanted[..., at : at + rotary] = torch.eye(some, rotary)[:, : wanted.shape[-1] - at]
+    wanted[..., at : at + rotary] = torch.eye(some, rotary, dtype=_FLOAT)[
+        :, : wanted.shape[-1] - at
+    ]
     if not torch.equal(moved, wanted):
         raise CannotRecord("rotary keys are changed on the way to the heads")
     key_weights = keys[:, :, first : int(made[-1]) + 1].contiguous()

@@ -111,14 +111,16 @@ def copy_out_of_files(model: nn.Module) -> None:
     sizes = [-(-group[0].nbytes // _ALIGNMENT) * _ALIGNMENT for group in same.values()]
     places = [0, *itertools.accumulate(sizes)]
     try:
-        memory = torch.frombuffer(huge_pages(places[-1]), dtype=torch.uint8)
+        memory = huge_pages(places[-1])
     except (OSError, ValueError) as error:
         raise ResourceError(
             f"cannot take {format_size(places[-1])} for the trunk: {error}",
         ) from error
     for group, at in zip(same.values(), places, strict=False):
         first = group[0]
-        copy = memory[at : at + first.nbytes].view(first.dtype).view(first.shape)
+        # A storage of its own, or torch.save() would not know what to write.
+        copy = torch.frombuffer(memory, dtype=first.dtype, count=first.numel(), offset=at)
+        copy = copy.view(first.shape)
         copy.copy_(first.data)
         for tensor in group:  # tied tensors stay tied; the original goes before the next is copied
             tensor.data = copy

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from moepack_formats.errors import FormatError
+from moepack_formats.errors import FormatError, UsageError
 from moepack_formats.manifest import PackedEntry
 from moepack_formats.pack import Pack
 from moepack_formats.schemes import TILE_ROWS, get_scheme
@@ -17,6 +17,31 @@ from .tile_file import TileFile
 
 FEW = 64
 """Tokens for which a GPU decodes a tile each, though some may be the same."""
+
+
+def refuse_gradients(x: Tensor) -> None:
+    """A packed matrix passes no gradients on, which must not look as if they were zero.
+
+    Raises:
+        UsageError: Somebody wants them.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UsageError(
+            "packs are for inference: no gradients go through packed weights",
+            remedy="call the model inside torch.no_grad(), or train the source model",
+        )
+
+
+def refuse_copy(*_: object) -> NoReturn:
+    """Experts are files and threads.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        "a loaded pack cannot be copied or pickled",
+        remedy="load it again where it is needed, with from_pretrained",
+    )
 
 
 class PackedLinear(nn.Module):
@@ -46,6 +71,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+        refuse_gradients(x)
         return self._engine.linear(x, self.packed, self.scheme, self.shape, self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -95,6 +121,7 @@ class PackedEmbedding(nn.Module):
                 waited for, the device's next error is that.
         """
         self._check(ids)
+        ids = ids.long()  # what other integers select is counted in int64
         if ids.numel() <= (1 if ids.is_cpu else FEW):  # a GPU would have to tell what is unique
             wanted = (ids // TILE_ROWS).reshape(-1)
             place = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
@@ -142,6 +169,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., embedding_dim]`` to logits ``[..., num_embeddings]``."""
+        refuse_gradients(x)
         source = self.source
         assert source.packed is not None  # a head needs all of it, so it stays in memory
         return source.engine.linear(x, source.packed, source.scheme, source.shape, self.bias)

@@ -13,15 +13,16 @@ Row = dict[str, Any]
 KQUANTS = ("Q", "IQ")
 
 COMPARISONS = (
-    ("hqq q2g16s4", "hqq-lib q2g64"),
-    ("hqq q2g16s4", "Q2_K"),
-    ("hqq q2g16s4", "IQ2_S"),
+    ("search q2g16s4", "hqq-lib q2g64"),
+    ("search q2g16s4", "Q2_K"),
+    ("search q2g16s4", "IQ2_S"),
+    ("search q2g16s4", "hqq q2g16s4"),
     ("mixed 2.6 uncalibrated", "Q2_K"),
     ("mixed 2.625 uncalibrated", "Q2_K"),
     ("hqq q2g16s4 + importance", "Q2_K + importance"),
     ("gptq q2g16s4", "Q2_K + importance"),
     ("gptq q2g64", "IQ2_S + importance"),
-    ("gptq q2g16s4", "hqq q2g16s4"),
+    ("gptq q2g16s4", "search q2g16s4"),
     ("mixed 2.6", "gptq q2g16s4"),
     ("hqq q3g16s5", "hqq-lib q3g64"),
     ("hqq q3g16s5", "Q3_K"),
@@ -38,7 +39,7 @@ COMPARISONS = (
 """Pairs whose differences the report gives: what should be better, then what it is held against."""
 
 DEFAULTS = (
-    ("`--expert-bits 2`", "hqq q2g16s4", ("Q2_K", "hqq-lib q2g64")),
+    ("`--expert-bits 2`", "search q2g16s4", ("Q2_K", "hqq-lib q2g64")),
     ("`--expert-bits 2 --calibrate`", "gptq q2g16s4", ("Q2_K + importance", "IQ2_S + importance")),
     ("`--expert-bits 2.6 --calibrate`", "mixed 2.6", ("Q2_K + importance", "gptq q2g16s4")),
     ("`--expert-bits 3`, the default", "hqq q3g16s5", ("Q3_K", "hqq-lib q3g64")),
@@ -49,7 +50,7 @@ DEFAULTS = (
 """What the options give, under which name it was measured, and what it is held against."""
 
 RIVALS = (
-    ("hqq q2g16s4", False),
+    ("search q2g16s4", False),
     ("hqq q2g16s4 + importance", True),
     ("gptq q2g16s4", True),
     ("hqq q3g16s5", False),

@@ -65,8 +65,8 @@ def tensors_read(step: Step) -> list[Tensor]:
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in an operation's arguments or results, in order.
 
-    These are nested tuples, lists and dicts only; torch's pytree, which knows far more, takes
-    several times as long, and this runs for every operation of a pass.
+    These are nested tuples, lists and dicts only. Torch's pytree knows far more and takes longer,
+    and this runs for every operation of a pass.
     """
     if isinstance(value, Tensor):
         return [value]

@@ -2,7 +2,7 @@
 
 Hooks, and forwards put in the place of a module's own, are called by nobody while tokens are
 played; a replaced weight is not what the recording reads. A model has a thousand modules, so both
-are looked for without a loop in Python: some 0.1 ms a token where a token takes 30 and more.
+are looked for without a loop in Python: 0.04 ms a token for 79 modules.
 """
 
 from __future__ import annotations

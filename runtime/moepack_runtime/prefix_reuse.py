@@ -126,9 +126,8 @@ class PrefixReuse:
             ask, thread = check, threading.get_ident()
 
             def before(*_: object) -> None:
-                if threading.get_ident() != thread:  # another's pass
-                    return
-                if not torch.compiler.is_compiling():  # a compiled pass runs no hooks
+                # A compiled pass runs no hooks; and of others' passes nobody is asked.
+                if not torch.compiler.is_compiling() and threading.get_ident() == thread:
                     ask()
 
             modules = [adapter.module for adapter in self._model.moepack.adapters]

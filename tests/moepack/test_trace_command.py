@@ -243,7 +243,7 @@ def test_the_disk_is_measured_on_the_pack_and_nothing_is_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "read-only")
 
-    monkeypatch.setattr("moepack.convert.sizing.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("moepack.convert.bandwidth.NamedTemporaryFile", refuse)
     out = tmp_path / "a.parquet"
     assert command("trace", pack, out, "--text", TEXT, "--max-tokens", 3).code == 0
     assert read_trace(out).info.disk_mbps

@@ -86,6 +86,9 @@ class _Grouped:
     def __init__(self, adapter: ExpertsAdapter) -> None:
         self._adapter, self._engine = adapter, ReferenceEngine()
 
+    def warm_up(self, specs: list[RecordSpec], device: torch.device) -> None:
+        """Nothing to compile."""
+
     def table(self, records: list[Tensor], specs: list[RecordSpec]) -> Any:
         return list(zip(records, specs, strict=True))
 

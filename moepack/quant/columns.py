@@ -50,7 +50,7 @@ class Rounding:
             codes: ``[g, R]`` uint8, overwritten.
             errors: ``[g, R]`` float32, overwritten: what is to be fed to later groups.
         """
-        if native.available() and len(weights) <= native.MOST_GROUP:
+        if native.available():
             native.feed_back(
                 weights,
                 upper,

@@ -91,6 +91,19 @@ struct Levels {
   }
 };
 
+// Calls f(k, weights, measure) for every weight of 16 groups, a vector of groups at a time.
+template <bool MEASURED, bool WHOLE, class F>
+MOEPACK_INLINE void each_weight(const moepack_groups& groups, int64_t first, F f) {
+  int64_t left = groups.count - first;
+  for (int64_t i = 0; i < groups.size; ++i) {
+    int64_t at = i * groups.count + first;
+    auto weight = load_lanes<WHOLE>(groups.weights + at, left);
+    Lanes16 measure{};
+    if (MEASURED) measure = load_lanes<WHOLE>(groups.measure + at, left);
+    for (int k = 0; k < kVectors; ++k) f(k, weight.v[k], measure.v[k]);
+  }
+}
+
 template <bool MEASURED, bool SQUARES>
 void code_sums_of(const moepack_groups& groups, const moepack_grid& grid, float* q, float* qq,
                   float* qw) {
@@ -99,20 +112,15 @@ void code_sums_of(const moepack_groups& groups, const moepack_grid& grid, float*
     auto inverse = load_lanes<whole>(grid.inverse + first, left);
     auto zero = load_lanes<whole>(grid.zero + first, left);
     Lanes16 sum{}, squares{}, products{};
-    for (int64_t i = 0; i < groups.size; ++i) {
-      int64_t at = i * groups.count + first;
-      auto weight = load_lanes<whole>(groups.weights + at, left);
-      Lanes16 measure{};
-      if (MEASURED) measure = load_lanes<whole>(groups.measure + at, left);
-      for (int k = 0; k < kVectors; ++k) {
-        Vector code = nearest_code(weight.v[k] * inverse.v[k] + zero.v[k], grid.top);
-        Vector counted = MEASURED ? code * measure.v[k] : code;
-        sum.v[k] += counted;
-        if (!SQUARES) continue;
-        squares.v[k] += counted * code;
-        products.v[k] += counted * weight.v[k];
-      }
-    }
+    auto add = [&](int k, Vector weight, Vector measure) MOEPACK_LAMBDA {
+      Vector code = nearest_code(weight * inverse.v[k] + zero.v[k], grid.top);
+      Vector counted = MEASURED ? code * measure : code;
+      sum.v[k] += counted;
+      if (!SQUARES) return;
+      squares.v[k] += counted * code;
+      products.v[k] += counted * weight;
+    };
+    each_weight<MEASURED, whole>(groups, first, add);
     store_lanes<whole>(q + first, sum, left);
     if (!SQUARES) return;
     store_lanes<whole>(qq + first, squares, left);
@@ -134,20 +142,13 @@ void code_sums(const moepack_groups& groups, const moepack_grid& grid, float* q,
 template <bool MEASURED, bool WHOLE>
 MOEPACK_INLINE Lanes16 squared_steps_lanes(const moepack_groups& groups, int64_t first,
                                            const Lanes16& inverse, const Lanes16& zero, float top) {
-  int64_t left = groups.count - first;
   Lanes16 sum{};
-  for (int64_t i = 0; i < groups.size; ++i) {
-    int64_t at = i * groups.count + first;
-    auto weight = load_lanes<WHOLE>(groups.weights + at, left);
-    Lanes16 measure{};
-    if (MEASURED) measure = load_lanes<WHOLE>(groups.measure + at, left);
-    for (int k = 0; k < kVectors; ++k) {
-      Vector wanted = weight.v[k] * inverse.v[k] + zero.v[k];
-      Vector residual = wanted - nearest_code(wanted, top);
-      Vector squared = residual * residual;
-      sum.v[k] += MEASURED ? squared * measure.v[k] : squared;
-    }
-  }
+  each_weight<MEASURED, WHOLE>(groups, first, [&](int k, Vector weight, Vector measure) MOEPACK_LAMBDA {
+    Vector wanted = weight * inverse.v[k] + zero.v[k];
+    Vector residual = wanted - nearest_code(wanted, top);
+    Vector squared = residual * residual;
+    sum.v[k] += MEASURED ? squared * measure : squared;
+  });
   return sum;
 }
 
@@ -175,20 +176,13 @@ struct LevelSums {
 template <bool MEASURED, bool WHOLE>
 MOEPACK_INLINE LevelSums level_sums_lanes(const moepack_groups& groups, int64_t first,
                                           const Levels& levels, const Lanes16& inverse) {
-  int64_t left = groups.count - first;
   LevelSums sums;
-  for (int64_t i = 0; i < groups.size; ++i) {
-    int64_t at = i * groups.count + first;
-    auto weight = load_lanes<WHOLE>(groups.weights + at, left);
-    Lanes16 measure{};
-    if (MEASURED) measure = load_lanes<WHOLE>(groups.measure + at, left);
-    for (int k = 0; k < kVectors; ++k) {
-      Vector level = levels.nearest(weight.v[k] * inverse.v[k]);
-      Vector counted = MEASURED ? level * measure.v[k] : level;
-      sums.qw.v[k] += counted * weight.v[k];
-      sums.qq.v[k] += counted * level;
-    }
-  }
+  each_weight<MEASURED, WHOLE>(groups, first, [&](int k, Vector weight, Vector measure) MOEPACK_LAMBDA {
+    Vector level = levels.nearest(weight * inverse.v[k]);
+    Vector counted = MEASURED ? level * measure : level;
+    sums.qw.v[k] += counted * weight;
+    sums.qq.v[k] += counted * level;
+  });
   return sums;
 }
 

@@ -29,7 +29,6 @@ from .native_interface import (
 from .native_library import available, check, loaded
 
 __all__ = [
-    "MOST_GROUP",
     "available",
     "best_moves",
     "best_neighbours",
